@@ -1,0 +1,1 @@
+from exporter.merge.merge import merge

@@ -1,0 +1,78 @@
+"""`exporter.json`: what each stage read, did and wrote. Only files that a stage lists count as its output."""
+
+import hashlib
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from exporter.errors import InputRefused
+from exporter.files import sha256_file, write_atomically
+
+MANIFEST = "exporter.json"
+FORMAT = 1
+PACKAGES = ("exporter", "torch", "transformers", "peft", "safetensors", "onnx-ir", "onnxruntime-gpu", "bitsandbytes")
+HEAD = 1 << 16
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest of `directory`, or None where there is none. Raises InputRefused when it is malformed."""
+    path = directory / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_bytes())
+        if manifest["format"] != FORMAT or not isinstance(manifest["stages"], dict):
+            raise ValueError(f"format {manifest['format']}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputRefused(
+            f"{path} is not a manifest this version reads ({error})",
+            expected=f'a JSON object with "format": {FORMAT} and "stages"',
+            todo="make the directory again with this version",
+        ) from error
+    return manifest
+
+
+def write_stage(directory: Path, stage: str, section: dict[str, Any]) -> None:
+    """Put `section` under `stage` and replace the manifest, keeping the other stages."""
+    manifest = read_manifest(directory) or {"format": FORMAT, "stages": {}}
+    manifest["stages"][stage] = section
+    write_atomically(directory / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+
+
+def stamp(path: Path) -> dict[str, Any]:
+    """What changes when a file is replaced, without reading all of it: size, mtime_ns, inode, digest of the head.
+
+    The head (64 kB) holds a safetensors header's first tensors, or a small file whole.
+    """
+    status = path.stat()
+    with path.open("rb") as file:
+        head = hashlib.sha256(file.read(HEAD)).hexdigest()
+    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "inode": status.st_ino, "head_sha256": head}
+
+
+def describe_file(path: Path, sha256: str | None = None) -> dict[str, Any]:
+    """A manifest's entry for a file; `sha256` where it is already known from writing it."""
+    return {**stamp(path), "sha256": sha256 or sha256_file(path)}
+
+
+def file_is_unchanged(path: Path, entry: dict[str, Any]) -> bool:
+    """True if `path` is the file that `entry` describes: by its stamp, else by its hash."""
+    if not path.is_file():
+        return False
+    now = stamp(path)
+    if all(now[key] == entry.get(key) for key in now):
+        return True
+    return now["size"] == entry.get("size") and sha256_file(path) == entry.get("sha256")
+
+
+def versions() -> dict[str, str]:
+    """The versions of what takes part, and the processor: what a digest may depend on."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,191 @@
+"""Prompts: chat templates as data, rendered in a sandbox exactly as transformers renders them."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from exporter.errors import InputRefused
+
+# The card's prompt. Every newline of the output stands in a string literal and every tag eats the white space around
+# it, so the bytes do not depend on an engine's trim settings (Jinja drops a template's final newline; genai's engine
+# is not Jinja). An answer ends in `<|endoftext|>`, as every answer of the adapter's training set did.
+ALPACA = r"""
+{%- for message in messages -%}
+    {%- if message['content'] is not string -%}
+        {{- raise_exception('The alpaca template takes the content of a message as one string.') -}}
+    {%- endif -%}
+    {%- if loop.index0 % 2 == 0 -%}
+        {%- if message['role'] != 'user' -%}
+            {{- raise_exception('The alpaca template takes user and assistant messages in turn, a user first.') -}}
+        {%- endif -%}
+        {%- if loop.first -%}
+            {{- 'Below is an instruction that describes a task. ' -}}
+            {{- 'Write a response that appropriately completes the request.\n' -}}
+        {%- endif -%}
+        {{- '\n\n### Instruction:\n\n' -}}
+        {{- message['content'] -}}
+        {{- '\n\n' -}}
+        {%- if message['input'] -%}
+            {{- '### Input:\n\n' -}}
+            {{- message['input'] -}}
+            {{- '\n\n' -}}
+        {%- endif -%}
+        {%- if not loop.last or add_generation_prompt -%}
+            {{- '### Response:\n' -}}
+        {%- endif -%}
+    {%- else -%}
+        {%- if message['role'] != 'assistant' -%}
+            {{- raise_exception('The alpaca template takes user and assistant messages in turn, a user first.') -}}
+        {%- endif -%}
+        {%- if loop.last and add_generation_prompt -%}
+            {{- raise_exception('The alpaca template answers a user: the last message must be a user message.') -}}
+        {%- endif -%}
+        {{- message['content'] -}}
+        {{- '<|endoftext|>' -}}
+    {%- endif -%}
+{%- endfor -%}
+""".strip()
+
+TEMPLATES: Mapping[str, str] = {"alpaca": ALPACA}
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks an answer for training masks; a prompt renders what is inside it."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja's own class attribute)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """As transformers builds it (utils/chat_template_utils.py), in a sandbox: a template is untrusted."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    helpers: dict[str, Callable[[str], object]] = {
+        "raise_exception": _raise_exception,
+        "strftime_now": lambda pattern: datetime.now().strftime(pattern),
+    }
+    environment.globals.update(helpers)
+    return environment
+
+
+def render_chat(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    special_tokens: Mapping[str, str] | None = None,
+) -> str:
+    """The text that `messages` become: the bytes of transformers' `apply_chat_template(tokenize=False)`.
+
+    `special_tokens` are the names a template may use (`bos_token`, ...; see `special_tokens`). The text already holds
+    every special token: encode it with `add_special_tokens=False`. InputRefused if the template is malformed, does
+    something that the sandbox forbids, or refuses the messages.
+    """
+    if not messages:
+        raise InputRefused("the chat has no message", expected="at least one message with the role user")
+    try:
+        return (
+            _environment()
+            .from_string(template)
+            .render(messages=messages, add_generation_prompt=add_generation_prompt, **(special_tokens or {}))
+        )
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as error:
+        raise InputRefused(
+            f"the chat template refuses these messages: {error}",
+            expected="messages that the template can render",
+            todo='name another template in the spec\'s [prompt], such as "alpaca", or change the messages',
+        ) from error
+
+
+def render_instruction(
+    template: str, instruction: str, input: str = "", *, special_tokens: Mapping[str, str] | None = None
+) -> str:
+    """The prompt for one instruction and its optional input. InputRefused if the template would lose the input."""
+    message = {"role": "user", "content": instruction}
+    text = render_chat(template, [message | {"input": input} if input else message], special_tokens=special_tokens)
+    if input and text == render_chat(template, [message], special_tokens=special_tokens):
+        raise InputRefused(
+            "this chat template has no place for an input",
+            expected="a template that reads the message's key `input`, as alpaca does",
+            todo="put the input into the instruction",
+        )
+    return text
+
+
+def chat_template(directory: Path) -> str | None:
+    """The chat template of a model directory: `chat_template.jinja`, else the one in `tokenizer_config.json`.
+
+    None if there is none: a template is never invented. Of several named ones the one named "default" counts.
+    """
+    own = directory / "chat_template.jinja"
+    if own.is_file():
+        return _read(own)
+    value = _read_json(directory / "tokenizer_config.json").get("chat_template")
+    if isinstance(value, list):
+        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+        value = named.get("default")
+    if value is not None and not isinstance(value, str):
+        raise InputRefused(f"{directory / 'tokenizer_config.json'}: chat_template is not text", expected="a string")
+    return value
+
+
+def special_tokens(directory: Path) -> dict[str, str]:
+    """The special tokens of a model directory by name, as transformers hands them to a template."""
+    found: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        content = _read_json(directory / name)
+        for key in SPECIAL_TOKENS:
+            value = content.get(key)
+            text = value.get("content") if isinstance(value, dict) else value
+            if isinstance(text, str):
+                found[key] = text
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        # Bytes first: text mode would turn \r\n into \n, and a template's bytes are its meaning.
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputRefused(f"{path} cannot be read: {error}", expected="a text file in UTF-8") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise InputRefused(f"{path} is not JSON: {error}", expected="a JSON object") from error
+    if not isinstance(content, dict):
+        raise InputRefused(f"{path} holds a {type(content).__name__}", expected="a JSON object")
+    return content

@@ -1,0 +1,114 @@
+"""A transformers directory as a map from tensor names to places in files, from headers alone."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exporter.errors import InputRefused
+from exporter.sources import safetensors_file, torch_file
+from exporter.sources.tensors import TensorInfo, read_rows, read_tensor
+
+__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint", "read_json", "read_rows", "read_tensor", "weight_files"]
+
+SAFETENSORS = "model.safetensors"
+TORCH = "pytorch_model.bin"
+JSON_LIMIT = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """`tensors` stand in the checkpoint's own order: file by file, each in the order of its header."""
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    files: tuple[Path, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; InputRefused if it is missing, too large, or something else."""
+    try:
+        if path.stat().st_size > JSON_LIMIT:
+            raise InputRefused(f"{path} is larger than {JSON_LIMIT} bytes", expected="a configuration file")
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise InputRefused(
+            f"{path.name} is missing in {path.parent}", expected="a model directory", todo="check the path"
+        ) from error
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputRefused(f"{path} is not JSON ({error})", expected="a JSON object", todo="fetch the file again") from error
+    if not isinstance(value, dict):
+        raise InputRefused(f"{path} holds a {type(value).__name__}", expected="a JSON object")
+    return value
+
+
+def weight_files(directory: Path) -> tuple[Path, ...]:
+    """The weight files of `directory`: safetensors before `.bin`, an index before a single file."""
+    for single in (SAFETENSORS, TORCH):
+        index = directory / f"{single}.index.json"
+        if index.is_file():
+            return tuple(directory / name for name in _shard_names(index))
+        if (directory / single).is_file():
+            return (directory / single,)
+    raise InputRefused(
+        f"no weights in {directory}",
+        expected=f"{SAFETENSORS}, {TORCH}, or shards with an index",
+        todo="check the path; a quantized bundle or an adapter is not a checkpoint",
+    )
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Read the configuration and every header. Raises InputRefused; no weight is read."""
+    if not directory.is_dir():
+        raise InputRefused(f"{directory} is not a directory", expected="a transformers model directory")
+    config = read_json(directory / "config.json")
+    files = weight_files(directory)
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        if not file.is_file():
+            raise InputRefused(f"the shard {file} is missing", expected="every file that the index names", todo="fetch it")
+        for name, info in read_headers(file).items():
+            if name in tensors:
+                raise InputRefused(f"{name!r} stands in {tensors[name].file.name} and in {file.name}", expected="one place")
+            tensors[name] = info
+    if len(files) > 1 or (directory / f"{files[0].name}.index.json").is_file():
+        _check_index(directory, files, tensors)
+    return Checkpoint(directory, config, tensors, files)
+
+
+def read_headers(file: Path) -> dict[str, TensorInfo]:
+    """Tensors of one weight file by name."""
+    if file.suffix == ".safetensors":
+        return safetensors_file.read_header(file)[0]
+    return torch_file.read_header(file)
+
+
+def _index_path(directory: Path, file: Path) -> Path:
+    return directory / f"{SAFETENSORS if file.suffix == '.safetensors' else TORCH}.index.json"
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputRefused(f"{index} has no weight_map", expected="a map from tensor names to files")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise InputRefused(f"{index} names the file {str(file)[:120]!r}", expected="file names inside the directory")
+    return weight_map
+
+
+def _shard_names(index: Path) -> list[str]:
+    return sorted(set(_weight_map(index).values()))
+
+
+def _check_index(directory: Path, files: tuple[Path, ...], tensors: dict[str, TensorInfo]) -> None:
+    index = _index_path(directory, files[0])
+    for name, file in _weight_map(index).items():
+        if name not in tensors or tensors[name].file.name != file:
+            raise InputRefused(f"{index.name} places {name!r} in {file}, which does not hold it", expected="a true index")

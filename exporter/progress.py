@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Task(Protocol):
@@ -24,7 +24,7 @@ class Progress(Protocol):
 class TaskContext(Protocol):
     def __enter__(self) -> Task: ...
 
-    def __exit__(self, *exc: object) -> None: ...
+    def __exit__(self, *exc: Any) -> bool | None: ...
 
 
 class _Nothing:

@@ -23,8 +23,8 @@ def terminal_progress(*, quiet: bool = False, stream: TextIO | None = None) -> P
     """What the command line hands to every function. `stream` is stderr, so that stdout stays for results."""
     if quiet:
         return SILENT
-    stream = stream or sys.stderr
-    return Bars(Console(file=stream)) if stream.isatty() else Lines(stream)
+    target: TextIO = stream or sys.stderr
+    return Bars(Console(file=target)) if target.isatty() else Lines(target)
 
 
 class _Amount(ProgressColumn):

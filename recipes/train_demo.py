@@ -33,7 +33,9 @@ WIDTH, LAYERS, HEADS, POSITIONS, VOCABULARY = 128, 12, 4, 512, 50257
 PASSES = 2
 
 # The prompt of the first user's adapter card: two blank lines after the first paragraph.
-PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n\n"
+PREAMBLE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n\n"
+)
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
@@ -167,8 +169,11 @@ def record(out: Path, section: str, figures: dict[str, object]) -> None:
     path.write_text(json.dumps(everything, indent=2) + "\n")
 
 
-def train_base(data: Path, out: Path, minutes: float) -> None:
-    """Train the base for two passes over the data, or for `minutes` if that is shorter."""
+def train_base(data: Path, out: Path, minutes: float, steps_done: int) -> None:
+    """Train the base for two passes over the data, or for `minutes` if that is shorter.
+
+    steps_done: go on from OUT/base after an interruption; that many batches of the schedule were seen.
+    """
     torch.manual_seed(SEED)
     rng = random.Random(SEED)
     tokenizer = gpt2_tokenizer(data / "gpt2-tokenizer")
@@ -192,6 +197,8 @@ def train_base(data: Path, out: Path, minutes: float) -> None:
         use_cache=False,
     )
     model = GPT2LMHeadModel(config)
+    if steps_done:
+        model.load_state_dict(GPT2LMHeadModel.from_pretrained(out / "base", dtype=torch.float32).state_dict())
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in name]
     others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".h." in name)]
     optimizers = [
@@ -200,9 +207,9 @@ def train_base(data: Path, out: Path, minutes: float) -> None:
     ]
     peak = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     started, curve, seen, recent = time.time(), [], 0, []
-    for step, batch in enumerate(batches):
+    for step, batch in enumerate(batches[steps_done:]):
         # Progress in data or in time, whichever is further: the rate always ends at zero.
-        done = max(step / len(batches), (time.time() - started) / (60 * minutes))
+        done = max(step / (len(batches) - steps_done), (time.time() - started) / (60 * minutes))
         if done >= 1:
             break
         factor = min(1.0, (step + 1) / 100) * min(1.0, (1 - done) / 0.6)
@@ -224,13 +231,15 @@ def train_base(data: Path, out: Path, minutes: float) -> None:
         if (step + 1) % 50 == 0:
             mean = sum(recent) / len(recent)
             recent = []
-            curve.append({"step": step + 1, "tokens": seen, "loss": round(mean, 4)})
-            print(f"step {step + 1}/{len(batches)} loss {mean:.3f} {seen / (time.time() - started):.0f} tokens/s", flush=True)
+            curve.append({"step": steps_done + step + 1, "tokens": seen, "loss": round(mean, 4)})
+            rate = seen / (time.time() - started)
+            print(f"step {steps_done + step + 1}/{len(batches)} loss {mean:.3f} {rate:.0f} tokens/s", flush=True)
         if (step + 1) % 400 == 0:
             save_base(model, tokenizer, out)
     save_base(model, tokenizer, out)
     minutes_taken = round((time.time() - started) / 60, 1)
-    record(out, "base", {"seed": SEED, "tokens": seen, "minutes": minutes_taken, "loss_curve": curve})
+    figures = {"seed": SEED, "continued_from_step": steps_done, "tokens": seen, "minutes": minutes_taken}
+    record(out, "base", {**figures, "loss_curve": curve})
 
 
 def save_base(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -308,8 +317,8 @@ def train_adapter(data: Path, out: Path, minutes: float) -> None:
     model.peft_config["default"].base_model_name_or_path = "exporter-demo/base"
     model.save_pretrained(out / "adapter", save_embedding_layers=False)
     minutes_taken = round((time.time() - started) / 60, 1)
-    figures = {"seed": SEED, "learning_rate": 5e-3, "examples": len(examples), "steps": step + 1, "minutes": minutes_taken}
-    record(out, "adapter", {**figures, "loss_curve": curve})
+    figures = {"seed": SEED, "learning_rate": 5e-3, "examples": len(examples), "minutes": minutes_taken}
+    record(out, "adapter", {**figures, "steps": len(schedule), "loss_curve": curve})
 
 
 @torch.inference_mode()
@@ -323,40 +332,46 @@ def response_perplexity(model, examples: list[tuple[list[int], int]]) -> float:
 
 
 @torch.inference_mode()
-def greedy(model, prompt: list[int], limit: int) -> tuple[list[int], bool]:
-    """Up to `limit` greedy tokens after `prompt`, and whether the model stopped by itself."""
-    output = model.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        max_new_tokens=limit,
-        do_sample=False,
-        pad_token_id=EOS,
-    )[0, len(prompt) :].tolist()
-    return output, output[-1] == EOS
+def greedy(model, prompts: list[list[int]], limit: int) -> list[list[int]]:
+    """Up to `limit` greedy tokens after each prompt, in batches of similar length, padded on the left."""
+    answers: dict[int, list[int]] = {}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for batch in (order[start : start + 24] for start in range(0, len(order), 24)):
+        longest = len(prompts[batch[-1]])
+        ids = torch.tensor([[EOS] * (longest - len(prompts[i])) + prompts[i] for i in batch])
+        mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
+        room = min(limit, POSITIONS - longest)
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=room, do_sample=False, pad_token_id=EOS
+        )
+        for i, row in zip(batch, output[:, longest:].tolist(), strict=True):
+            answers[i] = row[: row.index(EOS) + 1] if EOS in row else row
+    return [answers[i] for i in range(len(prompts))]
 
 
 def report(data: Path, out: Path) -> None:
-    """Held-out figures of base and base + adapter: perplexity of the answers, and how many stop by themselves."""
+    """Held-out figures: perplexity of the answers under the 8-bit base without and with the adapter, and how many
+    greedy answers stop by themselves (in float32, where they can be batched)."""
     from peft import PeftModel
 
     tokenizer = gpt2_tokenizer(data / "gpt2-tokenizer")
-    rows = read_jsonl(data / "parity_prompts.jsonl")
-    examples = instruct_rows(rows, tokenizer)
+    examples = instruct_rows(read_jsonl(data / "parity_prompts.jsonl"), tokenizer)
     model = load_8bit(out / "base").eval()
     base_perplexity = response_perplexity(model, examples)
-    model = PeftModel.from_pretrained(model, str(out / "adapter")).eval()
-    perplexity = response_perplexity(model, examples)
-    stopped, samples = 0, []
-    for ids, prompt in examples:
-        answer, stops = greedy(model, ids[:prompt], min(256, POSITIONS - prompt))
-        stopped += stops
-        if len(samples) < 12:
-            samples.append({"prompt": tokenizer.decode(ids[:prompt])[len(PREAMBLE) :], "answer": tokenizer.decode(answer)})
+    perplexity = response_perplexity(PeftModel.from_pretrained(model, str(out / "adapter")).eval(), examples)
+    full = GPT2LMHeadModel.from_pretrained(out / "base", dtype=torch.float32)
+    full = PeftModel.from_pretrained(full, str(out / "adapter")).eval()
+    prompts = [ids[:prompt] for ids, prompt in examples]
+    answers = greedy(full, prompts, 256)
+    samples = [
+        {"prompt": tokenizer.decode(prompt)[len(PREAMBLE) :], "answer": tokenizer.decode(answer)}
+        for prompt, answer in zip(prompts[:12], answers[:12], strict=True)
+    ]
     figures = {
         "held_out_prompts": len(examples),
         "base_perplexity": round(base_perplexity, 2),
         "adapter_perplexity": round(perplexity, 2),
-        "stopped_within_256": round(stopped / len(examples), 4),
+        "stopped_within_256": round(sum(answer[-1] == EOS for answer in answers) / len(answers), 4),
         "samples": samples,
     }
     record(out, "held_out", figures)
@@ -368,11 +383,12 @@ def main() -> None:
     parser.add_argument("step", choices=["base", "adapter", "report"])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=90, help="stop training after this long (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=90, help="stop training after so long (default: %(default)s)")
+    parser.add_argument("--steps-done", type=int, default=0, help="go on from OUT/base after so many steps (base only)")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.step == "base":
-        train_base(arguments.data, arguments.out, arguments.minutes)
+        train_base(arguments.data, arguments.out, arguments.minutes, arguments.steps_done)
     elif arguments.step == "adapter":
         train_adapter(arguments.data, arguments.out, arguments.minutes)
     else:

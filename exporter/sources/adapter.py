@@ -1,4 +1,4 @@
-"""A PEFT adapter directory, typed: its configuration, with every field handled or refused, and its tensors by module."""
+"""A PEFT adapter directory, typed: its configuration, every field handled or refused, and its tensors by module."""
 
 import re
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # Fields that say nothing about the merged weights: bookkeeping, training, and how a rank was initialised.
 IRRELEVANT = frozenset(
     {
-        "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version", "peft_type",
-        "lora_dropout", "modules_to_save", "layers_pattern", "megatron_core", "runtime_config",
+        "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version",
+        "peft_type", "lora_dropout", "modules_to_save", "layers_pattern", "megatron_core", "runtime_config",
         "merge_weights", "exclude_modules", "target_modules", "layers_to_transform", "eva_config", "corda_config",
         "loftq_config", "lora_ga_config", "ensure_weight_tying", "fan_in_fan_out",
     }
@@ -87,7 +87,9 @@ def check_config(config: dict[str, Any], path: Path) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise InputRefused(
-            f"{path} has peft_type {kind!r}", expected="LORA", todo="merge it with PEFT itself: model.merge_and_unload()"
+            f"{path} has peft_type {kind!r}",
+            expected="LORA",
+            todo="merge it with PEFT itself: model.merge_and_unload()",
         )
     for key, neutral in NEUTRAL.items():
         if key in config and config[key] not in neutral:
@@ -144,14 +146,18 @@ def _factors(tensors: Mapping[str, TensorInfo], config: dict[str, Any], file: Pa
     if len(names) > 1:
         raise InputRefused(f"{file.name} holds several adapters: {sorted(map(str, names))}", expected="one")
     if not pairs:
-        raise InputRefused(f"{file.name} holds no tensors", expected="LoRA factors", todo="check what was trained and saved")
+        raise InputRefused(
+            f"{file.name} holds no tensors", expected="LoRA factors", todo="check what was trained and saved"
+        )
     return {module: _pair(module, pair, config) for module, pair in sorted(pairs.items())}
 
 
 def _pair(module: str, pair: dict[str, TensorInfo], config: dict[str, Any]) -> LoraFactors:
     for factor, other in (("A", "B"), ("B", "A")):
         if factor not in pair:
-            raise InputRefused(f"{module} has lora_{other} and no lora_{factor}", expected="both factors of every module")
+            raise InputRefused(
+                f"{module} has lora_{other} and no lora_{factor}", expected="both factors of every module"
+            )
     down, up = pair["A"], pair["B"]
     rank = _pattern(config.get("rank_pattern"), module, config["r"])
     alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])

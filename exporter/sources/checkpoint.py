@@ -42,7 +42,9 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path.name} is missing in {path.parent}", expected="a model directory", todo="check the path"
         ) from error
     except (ValueError, RecursionError, OSError) as error:
-        raise InputRefused(f"{path} is not JSON ({error})", expected="a JSON object", todo="fetch the file again") from error
+        raise InputRefused(
+            f"{path} is not JSON ({error})", expected="a JSON object", todo="fetch the file again"
+        ) from error
     if not isinstance(value, dict):
         raise InputRefused(f"{path} holds a {type(value).__name__}", expected="a JSON object")
     return value
@@ -72,13 +74,18 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         if not file.is_file():
-            raise InputRefused(f"the shard {file} is missing", expected="every file that the index names", todo="fetch it")
+            raise InputRefused(
+                f"the shard {file} is missing", expected="every file that the index names", todo="fetch it"
+            )
         for name, info in read_headers(file).items():
             if name in tensors:
-                raise InputRefused(f"{name!r} stands in {tensors[name].file.name} and in {file.name}", expected="one place")
+                raise InputRefused(
+                    f"{name!r} stands in {tensors[name].file.name} and in {file.name}", expected="one place"
+                )
             tensors[name] = info
-    if len(files) > 1 or (directory / f"{files[0].name}.index.json").is_file():
-        _check_index(directory, files, tensors)
+    index = _index_path(directory, files[0].suffix)
+    if index.is_file() and index.name.removesuffix(".index.json") != files[0].name:
+        _check_index(index, tensors)
     return Checkpoint(directory, config, tensors, files)
 
 
@@ -89,8 +96,8 @@ def read_headers(file: Path) -> dict[str, TensorInfo]:
     return torch_file.read_header(file)
 
 
-def _index_path(directory: Path, file: Path) -> Path:
-    return directory / f"{SAFETENSORS if file.suffix == '.safetensors' else TORCH}.index.json"
+def _index_path(directory: Path, suffix: str) -> Path:
+    return directory / f"{SAFETENSORS if suffix == '.safetensors' else TORCH}.index.json"
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -99,7 +106,9 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise InputRefused(f"{index} has no weight_map", expected="a map from tensor names to files")
     for file in weight_map.values():
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-            raise InputRefused(f"{index} names the file {str(file)[:120]!r}", expected="file names inside the directory")
+            raise InputRefused(
+                f"{index} names the file {str(file)[:120]!r}", expected="file names inside the directory"
+            )
     return weight_map
 
 
@@ -107,8 +116,9 @@ def _shard_names(index: Path) -> list[str]:
     return sorted(set(_weight_map(index).values()))
 
 
-def _check_index(directory: Path, files: tuple[Path, ...], tensors: dict[str, TensorInfo]) -> None:
-    index = _index_path(directory, files[0])
+def _check_index(index: Path, tensors: Mapping[str, TensorInfo]) -> None:
     for name, file in _weight_map(index).items():
         if name not in tensors or tensors[name].file.name != file:
-            raise InputRefused(f"{index.name} places {name!r} in {file}, which does not hold it", expected="a true index")
+            raise InputRefused(
+                f"{index.name} places {name!r} in {file}, which does not hold it", expected="a true index"
+            )

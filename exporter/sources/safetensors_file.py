@@ -51,7 +51,7 @@ def _tensor(path: Path, name: str, entry: object, start: int) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _malformed(path, f"tensor {name!r} without dtype, shape and data_offsets", "these three and no more")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _malformed(path, f"tensor {name!r} of type {str(dtype)[:40]!r}", "one of " + ", ".join(DTYPES))
     if not isinstance(shape, list) or not all(map(_is_count, shape)):
         raise _malformed(path, f"tensor {name!r} with shape {str(shape)[:80]}", "a list of sizes")

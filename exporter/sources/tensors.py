@@ -88,7 +88,5 @@ def read_rows(info: TensorInfo, start: int, stop: int) -> torch.Tensor:
 def read_tensor(info: TensorInfo) -> torch.Tensor:
     """The whole tensor in its stored dtype: a fresh copy."""
     if not info.shape:
-        return torch.frombuffer(
-            read_bytes(info.file, info.offset, info.nbytes), dtype=DTYPES[info.dtype]
-        ).reshape(())
+        return torch.frombuffer(read_bytes(info.file, info.offset, info.nbytes), dtype=DTYPES[info.dtype]).reshape(())
     return read_rows(info, 0, info.shape[0])

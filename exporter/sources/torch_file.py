@@ -34,7 +34,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         ) from error
     except (RuntimeError, OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, IndexError) as error:
         raise InputRefused(
-            f"{path} cannot be read: {_first_sentence(error)}", expected="a .bin written by torch.save", todo="fetch it again"
+            f"{path} cannot be read: {_first_sentence(error)}",
+            expected="a .bin written by torch.save",
+            todo="fetch it again",
         ) from error
     if not isinstance(state, dict):
         raise InputRefused(f"{path} holds a {type(state).__name__}", expected="a state dict of tensors")
@@ -54,10 +56,12 @@ def _tensor(path: Path, name: str, value: object, size: int) -> TensorInfo:
             todo="save the model again with tensor.contiguous()",
         )
     start = value.untyped_storage()._checkpoint_offset
-    offset = (start or 0) + value.storage_offset() * value.element_size()
+    offset = int((start or 0) + value.storage_offset() * value.element_size())
     nbytes = value.numel() * value.element_size()
     if start is None or start < 0 or value.storage_offset() < 0 or offset + nbytes > size:
-        raise InputRefused(f"{path}: {name!r} lies outside the file", expected=f"at most {size} bytes", todo="fetch it again")
+        raise InputRefused(
+            f"{path}: {name!r} lies outside the file", expected=f"at most {size} bytes", todo="fetch it again"
+        )
     return TensorInfo(name, NAMES[value.dtype], tuple(value.shape), path, offset, nbytes)
 
 

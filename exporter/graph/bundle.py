@@ -1,0 +1,96 @@
+"""A bundle: a directory that a runtime can open, and what its manifest says about it."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exporter.errors import InputRefused
+from exporter.graph.weights import WEIGHTS, Weight, float_values, open_weights
+from exporter.manifest import describe_file, read_manifest, stamp
+from exporter.sources.checkpoint import open_checkpoint
+
+GRAPHS = {"cpu": "model.onnx", "cuda": "model_cuda.onnx"}
+STAGE = "export-"
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """`precision`: native, fp32, fp16, int8, int4 or optimum. `target`: cpu or cuda. `graph`: the .onnx file."""
+
+    directory: Path
+    precision: str
+    target: str
+    graph: Path
+
+    @property
+    def stage(self) -> str:
+        """The manifest section that describes it."""
+        return f"{STAGE}{self.precision}-{self.target}"
+
+    @property
+    def section(self) -> dict[str, Any]:
+        """The manifest's section; InputRefused if it is gone."""
+        manifest = read_manifest(self.directory)
+        if manifest is None or self.stage not in manifest["stages"]:
+            raise InputRefused(f"{self.directory} has no {self.stage} in its manifest", todo="export it again")
+        return manifest["stages"][self.stage]
+
+
+def bundle_name(precision: str, target: str) -> str:
+    """The directory of a bundle with weights of its own."""
+    return precision if target == "cpu" else f"{precision}-{target}"
+
+
+def bundles_in(directory: Path) -> list[Bundle]:
+    """The bundles that a directory's manifest lists, cpu first. InputRefused for a malformed manifest."""
+    manifest = read_manifest(directory) if directory.is_dir() else None
+    found = []
+    for stage, section in sorted((manifest or {"stages": {}})["stages"].items()):
+        if stage.startswith(STAGE):
+            try:
+                bundle = Bundle(directory, section["precision"], section["target"], directory / section["graph"])
+            except (KeyError, TypeError) as error:
+                raise InputRefused(f"the manifest in {directory} is malformed at {stage}") from error
+            if bundle.graph.parent != directory or bundle.target not in GRAPHS:
+                raise InputRefused(f"the manifest in {directory} names {section['graph']!r}", expected="a graph in it")
+            found.append(bundle)
+    return sorted(found, key=lambda bundle: (bundle.target != "cpu", bundle.precision))
+
+
+def open_bundle(directory: Path, target: str | None = None) -> Bundle:
+    """The bundle in `directory`, for `target` if given, else cpu before cuda. InputRefused where there is none."""
+    found = bundles_in(directory)
+    fitting = [bundle for bundle in found if target in (None, bundle.target)]
+    if not fitting:
+        raise InputRefused(
+            f"{directory} holds no exported graph" + (f" for {target}" if target and found else ""),
+            expected="a directory that `exporter export` has written",
+            todo=f"run: exporter export {directory}" + (f" --target {target}" if target else ""),
+        )
+    return fitting[0]
+
+
+def bundle_weights(bundle: Bundle) -> Mapping[str, Weight]:
+    """The stored weights by checkpoint name; headers only."""
+    if bundle.precision == "optimum":
+        raise InputRefused("optimum keeps the weights under names of its own", expected="a native graph")
+    own = bundle.directory / WEIGHTS
+    return open_weights(own) if own.is_file() else open_checkpoint(bundle.directory).tensors
+
+
+def dequantized_weights(bundle: Bundle) -> Iterator[tuple[str, torch.Tensor]]:
+    """(checkpoint name, float32 values in the checkpoint's orientation), one tensor at a time: what the graph means."""
+    return float_values(bundle_weights(bundle))
+
+
+def describe_known(path: Path, manifest: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A manifest entry for `path`; its hash comes from another stage's entry while the file's stamp is the same."""
+    now = stamp(path)
+    for section in (manifest or {"stages": {}})["stages"].values():
+        entry = (section.get("files") or {}).get(path.name) if isinstance(section, dict) else None
+        if isinstance(entry, dict) and "sha256" in entry and all(entry.get(key) == now[key] for key in now):
+            return describe_file(path, entry["sha256"])
+    return describe_file(path)

@@ -1,0 +1,266 @@
+"""From a checkpoint to bundles: a graph beside its weights, or a directory of its own for another precision."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from exporter.errors import InputRefused, UsageError
+from exporter.files import lock_directory, removed_if_empty, write_atomically
+from exporter.graph.builder import OPSET, exporter_version, is_ours, serialize
+from exporter.graph.bundle import GRAPHS, STAGE, Bundle, bundle_name, bundles_in, describe_known
+from exporter.graph.genai_config import genai_config
+from exporter.graph.gpt2 import PREFIX, build_gpt2, expected_shapes, gpt2_weights
+from exporter.graph.gpt2_config import Gpt2Config, read_gpt2_config
+from exporter.graph.quantize import BLOCK
+from exporter.graph.quantized_file import Stored, write_weights
+from exporter.graph.weights import WEIGHTS, open_weights
+from exporter.manifest import describe_file, file_is_unchanged, read_manifest, versions, write_stage
+from exporter.progress import SILENT, Progress
+from exporter.sources.checkpoint import Checkpoint, open_checkpoint
+
+PRECISIONS = ("native", "fp32", "fp16", "int8", "int4")
+BUILDERS = ("native", "optimum")
+GENAI_CONFIG = "genai_config.json"
+# MatMulNBits quantizes its activations to int8 at level 4; without it 4-bit decoding on a CPU is about 2.3x slower.
+ACCURACY_LEVEL = {"cpu": 4, "cuda": 0}
+# What makes a bundle complete alone: copied byte for byte where the checkpoint has it.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "README.md",
+)
+
+
+def export(
+    checkpoint: Path | str,
+    *,
+    precisions: Sequence[str] = ("native",),
+    targets: Sequence[str] = ("cpu",),
+    builder: str = "native",
+    out: Path | str | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> list[Bundle]:
+    """Write one bundle per precision and target.
+
+    native points into the checkpoint's own safetensors and lies in its directory; the others stand alone in
+    `<out or the checkpoint's parent>/<precision>[-cuda]/`. Raises UsageError (unknown name, foreign output without
+    `force`), InputRefused (a checkpoint that cannot be honoured), EnvironmentLacking (disk, optimum).
+    """
+    checkpoint, out = Path(checkpoint), None if out is None else Path(out)
+    _check_names("precision", precisions, PRECISIONS)
+    _check_names("target", targets, tuple(GRAPHS))
+    _check_names("builder", [builder], BUILDERS)
+    opened = open_checkpoint(checkpoint)
+    if builder == "optimum":
+        from exporter.graph.optimum_builder import export_with_optimum  # a builder that needs an optional dependency
+
+        return [export_with_optimum(opened, out or checkpoint.parent, force=force, progress=progress)]
+    _check_architecture(opened)
+    return [
+        _export_one(opened, precision, target, out, force=force, progress=progress)
+        for precision in dict.fromkeys(precisions)
+        for target in dict.fromkeys(targets)
+    ]
+
+
+def _check_names(kind: str, given: Sequence[str], known: Sequence[str]) -> None:
+    unknown = [name for name in given if name not in known]
+    if unknown or not given:
+        raise UsageError(f"{kind} {', '.join(unknown) or '(none)'}", expected="one of " + ", ".join(known))
+
+
+def _check_architecture(checkpoint: Checkpoint) -> None:
+    model_type = checkpoint.config.get("model_type")
+    if model_type != "gpt2":
+        raise InputRefused(
+            f"no native builder for model_type {model_type!r}",
+            expected="gpt2 (GPT-2, Cerebras-GPT)",
+            todo="export with --builder optimum",
+        )
+
+
+def _export_one(
+    checkpoint: Checkpoint, precision: str, target: str, out: Path | None, *, force: bool, progress: Progress
+) -> Bundle:
+    in_place = all(file.suffix == ".safetensors" and not file.is_symlink() for file in checkpoint.files)
+    if precision == "native" and in_place:
+        return export_native(checkpoint.directory, target, force=force)
+    if precision == "native" and out is None:
+        raise InputRefused(
+            f"{checkpoint.files[0].name} in {checkpoint.directory} cannot be pointed into",
+            expected="model*.safetensors as regular files (a link is rejected by ONNX's external data rules)",
+            todo="give --out DIR to stream the weights into a file there, or make the checkpoint with exporter merge",
+        )
+    directory = (out or checkpoint.directory.parent) / bundle_name(precision, target)
+    return export_converted(checkpoint.directory, directory, precision, target, force=force, progress=progress)
+
+
+def export_native(checkpoint_dir: Path, target: str, *, force: bool = False) -> Bundle:
+    """A graph in the checkpoint's directory over its own safetensors: no weight is read, copied or converted."""
+    checkpoint = open_checkpoint(checkpoint_dir)
+    config = read_gpt2_config(checkpoint.config)
+    directory = checkpoint.directory
+    bundle = Bundle(directory, "native", target, directory / GRAPHS[target])
+    with lock_directory(directory):
+        manifest = read_manifest(directory)
+        _refuse_foreign(bundle, manifest, force=force)
+        merged = _merge_outputs_hold(directory, manifest)
+        weights = {file.name: describe_known(file, manifest) for file in checkpoint.files}
+        _write_graph(bundle, config, checkpoint.tensors, checkpoint.config)
+        _publish_section(bundle, _section(bundle, weights, {"provenance": "merge" if merged else "unknown"}))
+    return bundle
+
+
+def export_converted(
+    checkpoint_dir: Path,
+    directory: Path,
+    precision: str,
+    target: str,
+    *,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> Bundle:
+    """A bundle that is complete alone: weights streamed into `directory`/weights.safetensors in `precision`."""
+    checkpoint = open_checkpoint(checkpoint_dir)
+    config = read_gpt2_config(checkpoint.config)
+    bundle = Bundle(directory, precision, target, directory / GRAPHS[target])
+    stored = _storage(config, checkpoint, precision, target)
+    manifest = read_manifest(checkpoint.directory)
+    _refuse_foreign_directory(directory, bundle.stage, force=force)
+    with removed_if_empty(directory), lock_directory(directory):
+        sources = {file.name: describe_known(file, manifest)["sha256"] for file in checkpoint.files}
+        digests = write_weights(directory / WEIGHTS, stored, progress)
+        copied = _copy_companions(checkpoint.directory, directory)
+        _write_graph(bundle, config, open_weights(directory / WEIGHTS), checkpoint.config)
+        facts: dict[str, Any] = {
+            "provenance": "merge" if _merge_outputs_hold(checkpoint.directory, manifest) else "unknown",
+            "source": sources,
+            "tensors": digests,
+        }
+        if precision in ("int8", "int4"):
+            facts |= {"block": BLOCK, "accuracy_level": ACCURACY_LEVEL[target]}
+        weights = {WEIGHTS: describe_file(directory / WEIGHTS)}
+        section = _section(bundle, weights, facts)
+        section["files"] |= {name: describe_file(directory / name) for name in copied}
+        _publish_section(bundle, section)
+    return bundle
+
+
+def export_quantized(
+    checkpoint_dir: Path, out: Path, bits: int, target: str, *, force: bool = False, progress: Progress = SILENT
+) -> Bundle:
+    """MatMulNBits in `out`; `bits` 8 or 4 (embedding and head stay at 8: at 4 they cost most of the quality)."""
+    return export_converted(checkpoint_dir, out, f"int{bits}", target, force=force, progress=progress)
+
+
+def _storage(config: Gpt2Config, checkpoint: Checkpoint, precision: str, target: str) -> dict[str, Stored]:
+    """How each parameter is stored in a bundle of `precision`, by checkpoint name; unused tensors are left out."""
+    wanted = gpt2_weights(config, checkpoint.tensors)
+    by_short = {name.removeprefix(PREFIX): info for name, info in checkpoint.tensors.items()}
+    fixed = {"fp32": "F32", "fp16": "F16"}
+    scale_dtype = "F32" if target == "cpu" else "F16"
+    stored: dict[str, Stored] = {}
+    for short in wanted:
+        info = by_short[short]
+        dtype = fixed.get(precision, info.dtype)
+        if precision in ("int8", "int4") and short in ("wte.weight", "lm_head.weight"):
+            stored[info.name] = Stored(info, "U8", 8)  # float32 scales: the head computes in float32 everywhere
+        elif precision in ("int8", "int4") and len(info.shape) == 2 and short.startswith("h."):
+            stored[info.name] = Stored(info, "U8", int(precision[3:]), transposed=True, scale_dtype=scale_dtype)
+        else:
+            stored[info.name] = Stored(info, dtype)
+    assert len(stored) == len(expected_shapes(config))
+    return stored
+
+
+def _write_graph(bundle: Bundle, config: Gpt2Config, weights: Any, raw_config: dict[str, Any]) -> None:
+    metadata = {
+        "exporter.version": exporter_version(),
+        "exporter.precision": bundle.precision,
+        "exporter.target": bundle.target,
+    }
+    level = ACCURACY_LEVEL[bundle.target]
+    model = build_gpt2(config, weights, bundle.target, metadata, accuracy_level=level)
+    write_atomically(bundle.graph, serialize(model))
+    if _owns_genai_config(bundle):
+        content = genai_config(bundle.directory, raw_config, config, bundle.graph.name, bundle.target)
+        write_atomically(bundle.directory / GENAI_CONFIG, content)
+
+
+def _owns_genai_config(bundle: Bundle) -> bool:
+    """genai reads one configuration a directory: with graphs for both targets it names the one that runs anywhere."""
+    return bundle.target == "cpu" or not (bundle.directory / GRAPHS["cpu"]).exists()
+
+
+def _publish_section(bundle: Bundle, section: dict[str, Any]) -> None:
+    """Write the manifest's section; a file that it took over is no longer listed under another target."""
+    for other in bundles_in(bundle.directory):
+        listed = other.section
+        if other.stage != bundle.stage and GENAI_CONFIG in section["files"] and GENAI_CONFIG in listed["files"]:
+            del listed["files"][GENAI_CONFIG]
+            write_stage(bundle.directory, other.stage, listed)
+    write_stage(bundle.directory, bundle.stage, section)
+
+
+def _section(bundle: Bundle, weights: dict[str, dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
+    own = [bundle.graph.name, *([GENAI_CONFIG] if _owns_genai_config(bundle) else [])]
+    files = {name: describe_file(bundle.directory / name) for name in own}
+    return {
+        "precision": bundle.precision,
+        "target": bundle.target,
+        "graph": bundle.graph.name,
+        "weights": sorted(weights),
+        "files": files | weights,
+        "builder": "native",
+        "opset": OPSET,
+        "versions": versions(),
+    } | facts
+
+
+def _merge_outputs_hold(directory: Path, manifest: dict[str, Any] | None) -> bool:
+    """True if the weights are those that the merge stage wrote."""
+    files = ((manifest or {"stages": {}})["stages"].get("merge") or {}).get("files") or {}
+    weights = {name: entry for name, entry in files.items() if name.endswith(".safetensors")}
+    return bool(weights) and all(file_is_unchanged(directory / name, entry) for name, entry in weights.items())
+
+
+def _refuse_foreign(bundle: Bundle, manifest: dict[str, Any] | None, *, force: bool) -> None:
+    """A graph that no stage of ours lists, and that does not say it is ours (a crash), is somebody else's file."""
+    stages = (manifest or {"stages": {}})["stages"]
+    if bundle.graph.exists() and bundle.stage not in stages and not force and not is_ours(bundle.graph):
+        raise UsageError(
+            f"{bundle.graph} is there and was not written by exporter",
+            expected="no such file, or one that the manifest lists",
+            todo="move it away, or give --force to replace it",
+        )
+
+
+def _refuse_foreign_directory(directory: Path, stage: str, *, force: bool) -> None:
+    """Ours: a manifest with nothing but exports, or what an export leaves when it is killed before its manifest."""
+    if not directory.is_dir() or force:
+        return
+    others = {entry.name for entry in directory.iterdir() if not entry.name.startswith(".")}
+    stages = (read_manifest(directory) or {"stages": {}})["stages"]
+    unfinished = WEIGHTS in others and others <= {WEIGHTS, GENAI_CONFIG, *GRAPHS.values(), *COMPANIONS}
+    ours = bool(stages) and all(stage.startswith(STAGE) for stage in stages)
+    if others and not ours and not unfinished:
+        raise UsageError(
+            f"{directory} holds something else ({', '.join(sorted(others)[:3])})",
+            expected=f"a new directory or an earlier {stage}",
+            todo="choose another --out, or give --force",
+        )
+
+
+def _copy_companions(source: Path, directory: Path) -> list[str]:
+    present = [name for name in COMPANIONS if (source / name).is_file()]
+    for name in present:
+        write_atomically(directory / name, (source / name).read_bytes())
+    return present

@@ -1,0 +1,89 @@
+"""Architectures without a builder of their own: optimum's exporter, which loads, traces and copies the whole model."""
+
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+from exporter.errors import EnvironmentLacking, ExporterError, InputRefused, UsageError
+from exporter.files import lock_directory, publish, require_free_space
+from exporter.graph.bundle import GRAPHS, Bundle
+from exporter.manifest import MANIFEST, describe_file, read_manifest, versions, write_stage
+from exporter.progress import SILENT, Progress
+from exporter.sources.checkpoint import Checkpoint
+
+TASK = "text-generation-with-past"
+# fp32 weights, twice while they are saved again as external data
+DISK_FACTOR = 4
+
+
+def export_with_optimum(
+    checkpoint: Checkpoint, out: Path, *, force: bool = False, progress: Progress = SILENT
+) -> Bundle:
+    """A float32 bundle in `out`/optimum/. EnvironmentLacking without optimum, InputRefused where optimum refuses."""
+    _require_optimum()
+    directory = out / "optimum"
+    if directory.is_dir() and any(directory.iterdir()) and read_manifest(directory) is None and not force:
+        raise UsageError(f"{directory} holds something else", todo="choose another --out, or give --force")
+    require_free_space(out, DISK_FACTOR * checkpoint.nbytes, "exporting with optimum")
+    with (
+        lock_directory(directory),
+        tempfile.TemporaryDirectory(prefix=".optimum.", suffix=".partial", dir=directory) as scratch,
+        progress.task(f"optimum exports {checkpoint.directory.name}", 1) as task,
+    ):
+        _trace(checkpoint.directory, Path(scratch))
+        (directory / MANIFEST).unlink(missing_ok=True)
+        files = sorted(file for file in Path(scratch).iterdir() if file.is_file())
+        for file in files:
+            publish(file, directory / file.name)
+        _copy_template(checkpoint.directory, directory)
+        bundle = Bundle(directory, "optimum", "cpu", directory / GRAPHS["cpu"])
+        names = [file.name for file in files]
+        section = {
+            "precision": bundle.precision,
+            "target": bundle.target,
+            "graph": bundle.graph.name,
+            "weights": [name for name in names if name.startswith(f"{bundle.graph.name}_data")],
+            "files": {name: describe_file(directory / name) for name in names},
+            "builder": "optimum",
+            "task": TASK,
+            "source": {file.name: describe_file(file)["sha256"] for file in checkpoint.files},
+            "versions": versions(),
+        }
+        write_stage(directory, bundle.stage, section)
+        task.advance()
+    return bundle
+
+
+def _require_optimum() -> None:
+    try:
+        import optimum.exporters.onnx  # noqa: F401 (heavy, and absent without the extra)
+    except ImportError as error:
+        raise EnvironmentLacking(
+            f"optimum's ONNX exporter cannot be imported ({error})",
+            expected="the extra [optimum] and a transformers version that it supports",
+            todo='run: pip install -c constraints.txt -e ".[optimum]"',
+        ) from error
+
+
+def _trace(checkpoint: Path, output: Path) -> None:
+    from optimum.exporters.onnx import main_export
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tracer warnings about transformers' code, hundreds of them
+            main_export(str(checkpoint), output=output, task=TASK, dtype="fp32", device="cpu", do_validation=False)
+    except ExporterError:
+        raise
+    except Exception as error:  # whatever optimum, transformers or torch raise means the same: it cannot be traced
+        first_line = (str(error).strip().splitlines() or [""])[0][:300]
+        raise InputRefused(
+            f"optimum cannot export {checkpoint}: {type(error).__name__}: {first_line}",
+            expected=f"an architecture that optimum exports for {TASK}",
+        ) from error
+
+
+def _copy_template(source: Path, directory: Path) -> None:
+    template = source / "chat_template.jinja"
+    if template.is_file():
+        shutil.copyfile(template, directory / template.name)

@@ -1,0 +1,133 @@
+"""`exporter inspect`: what a merge would do, from headers and configurations only."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from exporter.errors import ExporterError, InputRefused
+from exporter.merging.card import licence_of
+from exporter.merging.merge import plan_sources, refuse_zero_factors
+from exporter.merging.plan import MergePlan
+from exporter.progress import SILENT, Progress
+from exporter.sources.hub import Source, resolve
+from exporter.sources.tokenizer import tokenizer_files
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The base or one adapter: where it comes from, its licence, its size in bytes and tensors."""
+
+    source: str
+    commit: str | None
+    licence: str
+    nbytes: int
+    tensors: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """disk, memory: bytes that `merge` needs. changed: weights with rank and scale. problems: what would stop it."""
+
+    base: Part | None
+    adapters: tuple[Part, ...]
+    architecture: str
+    parameters: int
+    changed: tuple[dict[str, Any], ...]
+    untouched: int
+    dropped: dict[str, str]
+    shards: int
+    disk: int
+    memory: int
+    problems: tuple[str, ...]
+    exit_code: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect(
+    *,
+    base: str | Path,
+    adapter: str | Path | Sequence[str | Path],
+    weight: Sequence[float] = (),
+    dtype: str = "auto",
+    shard_size: int = 5_000_000_000,
+    memory: int = 1_000_000_000,
+    progress: Progress = SILENT,
+) -> Inspection:
+    """Plan a merge without reading a weight of the base.
+
+    Problems are listed, not raised; `exit_code` is the first one's.
+    """
+    adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter)
+    problems: list[ExporterError] = []
+    base_source, plan = None, None
+    sources: list[Source] = []
+    try:
+        base_source = resolve(base, kind="base", progress=progress)
+        sources = [resolve(one, kind="adapter", progress=progress) for one in adapters]
+        plan = plan_sources(base_source, sources, weight, dtype=dtype, shard_size=shard_size)
+    except ExporterError as error:
+        problems.append(error)
+    for check in (_zero_factors, _tokenizer):
+        if base_source is not None and plan is not None:
+            try:
+                check(plan, base_source, sources)
+            except InputRefused as error:
+                problems.append(error)
+    return _describe(base_source, sources, plan, memory, problems)
+
+
+def _zero_factors(plan: MergePlan, base: Source, adapters: Sequence[Source]) -> None:
+    refuse_zero_factors(plan)
+
+
+def _tokenizer(plan: MergePlan, base: Source, adapters: Sequence[Source]) -> None:
+    tokenizer_files(base.directory, [source.directory for source in adapters])
+
+
+def _describe(
+    base: Source | None, adapters: Sequence[Source], plan: MergePlan | None, memory: int, problems: list[ExporterError]
+) -> Inspection:
+    texts = tuple(str(problem) for problem in problems)
+    code = problems[0].exit_code if problems else 0
+    if base is None or plan is None:
+        return Inspection(None, (), "unknown", 0, (), 0, {}, 0, 0, 0, texts, code)
+    changed = tuple(
+        {
+            "name": tensor.name,
+            "shape": list(tensor.shape),
+            "dtype": tensor.dtype,
+            "rank": [w.factors.rank for w in tensor.deltas],
+            "scale": [w.scale for w in tensor.deltas],
+            "orientation": tensor.deltas[0].orientation,
+        }
+        for tensor in plan.changed
+    )
+    parts = []
+    for source, (adapter, _) in zip(adapters, plan.adapters, strict=True):
+        size = sum(info.nbytes for info in adapter.tensors.values())
+        name = source.id or str(source.directory)
+        parts.append(Part(name, source.commit, licence_of(source.directory), size, len(adapter.tensors)))
+    whole = Part(
+        base.id or str(base.directory),
+        base.commit,
+        licence_of(base.directory),
+        plan.base.nbytes,
+        len(plan.base.tensors),
+    )
+    return Inspection(
+        base=whole,
+        adapters=tuple(parts),
+        architecture=", ".join(plan.base.config.get("architectures") or [str(plan.base.config.get("model_type"))]),
+        parameters=plan.parameters,
+        changed=changed,
+        untouched=len(plan.tensors) - len(changed),
+        dropped=dict(plan.dropped),
+        shards=len(plan.shards),
+        disk=plan.nbytes + (16 << 20),
+        memory=memory,
+        problems=texts,
+        exit_code=code,
+    )

@@ -1,0 +1,111 @@
+"""What a checkpoint's tensors are, by the model's own classes: the model is built on the meta device, without weights.
+
+Orientation comes from a module's class and never from `fan_in_fan_out` or a shape: an 8-bit base makes PEFT write
+`fan_in_fan_out: false` for a Conv1D, and a square matrix fits both ways.
+"""
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from transformers.pytorch_utils import Conv1D
+
+from exporter.errors import InputRefused
+
+Orientation = Literal["in_out", "out_in"]
+
+# Buffers that old checkpoints carry and current model classes compute.
+OLD_BUFFERS = re.compile(r"(.*\.)?((attn|attention)\.(bias|masked_bias)|rotary_emb\.inv_freq|embeddings\.position_ids)")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLayout:
+    """state: shape by name, in state-dict order, tied names left out. tied: alias -> the name that is stored.
+
+    orientation: of every matrix that LoRA can change, by module name.
+    """
+
+    state: Mapping[str, tuple[int, ...]]
+    tied: Mapping[str, str]
+    orientation: Mapping[str, Orientation]
+    embeddings: frozenset[str]
+    prefix: str
+
+
+def model_layout(directory: Path, config: Mapping[str, Any]) -> ModelLayout:
+    """Build the architecture that `config.json` names on the meta device. InputRefused where transformers has none."""
+    model = _empty_model(directory, config)
+    state: dict[str, tuple[int, ...]] = {}
+    tied: dict[str, str] = {}
+    stored: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in stored:
+            tied[name] = stored[id(tensor)]
+        else:
+            stored[id(tensor)] = name
+            state[name] = tuple(tensor.shape)
+    orientation: dict[str, Orientation] = {}
+    embeddings = set()
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D):
+            orientation[name] = "in_out"
+        elif isinstance(module, torch.nn.Linear):
+            orientation[name] = "out_in"
+        elif isinstance(module, torch.nn.Embedding):
+            embeddings.add(name)
+    return ModelLayout(state, tied, orientation, frozenset(embeddings), model.base_model_prefix)
+
+
+def _empty_model(directory: Path, config: Mapping[str, Any]) -> transformers.PreTrainedModel:
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputRefused(f"{directory}/config.json has architectures {names!r}", expected="a list of class names")
+    try:
+        parsed = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        found = getattr(transformers, names[0], None) if names else None
+        known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+        with torch.device("meta"), _quiet():
+            if known:
+                return found(parsed)
+            return transformers.AutoModelForCausalLM.from_config(parsed, trust_remote_code=False)
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        OSError,
+        RuntimeError,
+        ImportError,
+        ZeroDivisionError,
+    ) as error:
+        raise InputRefused(
+            f"transformers {transformers.__version__} cannot build {names or config.get('model_type')!r} from "
+            f"{directory}/config.json ({str(error).splitlines()[0][:200] if str(error) else type(error).__name__})",
+            expected="a configuration of an architecture that transformers has",
+            todo="check config.json; models that need their own code are not supported",
+        ) from error
+
+
+class _quiet:
+    """transformers' loggers raised to errors while a model without weights is built."""
+
+    def __enter__(self) -> None:
+        self.logger = logging.getLogger("transformers")
+        self.level = self.logger.level
+        self.logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *exc: object) -> None:
+        self.logger.setLevel(self.level)
+
+
+def find_name(name: str, known: Mapping[str, Any], prefix: str) -> str | None:
+    """`name` as `known` spells it: as it is, or with or without the base model's prefix (`transformer.`)."""
+    for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
+        if candidate in known:
+            return candidate
+    return None

@@ -1,0 +1,1 @@
+"""Parity: the statistics, the verdict, and the proof that the check can fail."""

@@ -1,0 +1,183 @@
+"""Everything that is checked of one bundle: weights, logits, cache and padding, mutants."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from exporter.graph.bundle import Bundle as GraphBundle
+from exporter.graph.genai_config import stop_tokens
+from exporter.parity import feeding
+from exporter.parity.bundles import Bundle, load_graph
+from exporter.parity.documents import Document, Level
+from exporter.parity.evidence import counted, distinct
+from exporter.parity.gates import Gate, Thresholds, finiteness, judge, verdict
+from exporter.parity.graphs import GraphSession, full_precision
+from exporter.parity.inputs import Pair, context
+from exporter.parity.models import load_weights, release
+from exporter.parity.mutants import GraphSubject, graph_mutants, merge_mutants
+from exporter.parity.oracle import Oracle
+from exporter.parity.pairs import (
+    BundlePairs,
+    CommonPairs,
+    bundle_pairs,
+    by_position,
+    histogram,
+    recorded,
+    worst_tokens,
+)
+from exporter.parity.reference import LiveReference, Reference
+from exporter.parity.result import BundleResult, CacheCheck, GateResult, Verdict, worst_verdict
+from exporter.parity.scoring import LogitStore
+from exporter.parity.statistics import PairTokens
+from exporter.parity.weights import check_weights
+from exporter.progress import Progress
+from exporter.runtime.runner import Runner
+from exporter.runtime.session import open_session
+from exporter.sources.checkpoint import read_json
+
+SHORT = 48  # tokens of the document that graph mutants run on
+WHOLE_CONTEXT_AT_COMMIT = 1024  # a longer context is only filled at the other levels
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What every bundle of one run shares."""
+
+    pair: Pair
+    oracle: Oracle
+    documents: Sequence[Document]
+    store: LogitStore
+    reference: Reference
+    common: CommonPairs
+    thresholds: Thresholds
+    level: Level
+    progress: Progress
+
+
+def verify_bundle(run: Run, bundle: Bundle) -> BundleResult:
+    gates = [gate for gate in run.thresholds.gates if bundle.format in gate.formats and bundle.target in gate.targets]
+    weight_gates, projections = check_weights(bundle, run.oracle, run.thresholds.projection)
+    mutants = merge_mutants(bundle, run.oracle, run.thresholds.projection)
+    cache = _score_bundle(run, bundle)
+    pairs = bundle_pairs(run.store, run.reference, run.common, bundle.format != "float", run.progress)
+    mutants += graph_mutants(_subject(run, bundle), gates)
+    results = [*weight_gates, *_logit_gates(run, gates, pairs), *_feeding_gates(gates, cache)]
+    results += [figure for name in ("T-O", "R-O", "T-R", "F-O") for figure in recorded(pairs.comparisons[name])]
+    _drop_bundle(run)
+    survivors = [mutant.name for mutant in mutants if mutant.outcome == "survived"]
+    correctness, quality = verdict(results, "correctness"), None
+    if any(result.kind == "quality" for result in results):
+        quality = verdict(results, "quality")
+    notes = []
+    if bundle.provenance == "unknown":
+        notes.append("provenance unknown: no manifest lists these files; they were compared by content")
+    if survivors:
+        notes.append(f"the run is invalid: {len(survivors)} mutant(s) survived ({', '.join(survivors)})")
+    whole = worst_verdict([correctness, *([quality] if quality else []), *_invalid(survivors)])
+    return BundleResult(
+        directory=str(bundle.directory),
+        format=bundle.format,
+        target=bundle.target,
+        provenance=bundle.provenance,
+        files=bundle.hashes,
+        verdict=whole,
+        correctness=correctness,
+        quality=quality,
+        gates=tuple(results),
+        projections=tuple(projections),
+        stages=pairs.stages,
+        mutants=tuple(mutants),
+        cache=tuple(_summaries(cache)),
+        histograms=tuple(histogram(pairs.comparisons[name]) for name in ("T-O", "R-O", "F-O", "T-R")),
+        by_position=by_position(pairs.comparisons["T-O"], run.common.where),
+        worst=worst_tokens(pairs, run.common.where, run.documents, run.pair.tokenizer),
+        notes=tuple(notes),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Fed:
+    """The cache checks and the padding checks of one bundle."""
+
+    cache: list[tuple[str, PairTokens]]
+    padding: list[tuple[str, PairTokens]]
+
+
+def _score_bundle(run: Run, bundle: Bundle) -> Fed:
+    """F, O and, for a quantized bundle, O1 into the store; the ways of feeding on the side."""
+    carried = load_weights(bundle.directory, dict(bundle.values()))
+    run.store.score("F", carried, run.progress)
+    del carried
+    release()
+    rows = [document.tokens for document in sorted(run.documents, key=lambda d: -len(d.tokens))[:3]]
+    rows = [row[: feeding.LONGEST - 7 * i] for i, row in enumerate(rows)]  # unequal lengths on purpose
+    runner = _runner(bundle)
+    run.store.score("O", runner, run.progress)
+    whole = run.level != "commit" or runner.n_positions <= WHOLE_CONTEXT_AT_COMMIT
+    cache = feeding.check_cache(runner, rows, whole)
+    del runner
+    graph = load_graph(bundle.graph)
+    session = GraphSession(graph, bundle.directory, bundle.target)
+    padding = feeding.check_padding(session, rows, bundle.target)
+    del session
+    if bundle.format != "float":
+        precise = GraphSession(full_precision(graph), bundle.directory, bundle.target)
+        run.store.score("O1", precise, run.progress)
+    release()
+    return Fed(cache, padding)
+
+
+def _runner(bundle: Bundle) -> Runner:
+    """The Runner as `load` makes it, for bundles without a manifest too: the files were hashed above."""
+    config = read_json(bundle.directory / "config.json")
+    return Runner(
+        open_session(bundle.graph, bundle.target, None),
+        GraphBundle(bundle.directory, bundle.format, bundle.target, bundle.graph),
+        provider=bundle.target,
+        n_positions=context(config),
+        vocab_size=int(config["vocab_size"]),
+        stop_tokens=stop_tokens(bundle.directory, config),
+    )
+
+
+def _subject(run: Run, bundle: Bundle) -> GraphSubject:
+    """One short document for graph mutants, with F's logits at all of its positions (the store has the scored ones)."""
+    document = min(run.documents, key=lambda one: abs(len(one.tokens) - SHORT))
+    row = document.tokens[: min(SHORT, run.pair.context - 1)]
+    carried = load_weights(bundle.directory, dict(bundle.values()))
+    rows = (row, row[: max(2, len(row) // 2)])
+    return GraphSubject(load_graph(bundle.graph), bundle, row, carried.logits(row), rows)
+
+
+def _logit_gates(run: Run, gates: Sequence[Gate], pairs: BundlePairs) -> list[GateResult]:
+    results = [finiteness(comparison) for comparison in pairs.comparisons.values()]
+    results += [counted(name, len(one.document), run.store) for name, one in pairs.comparisons.items()]
+    live = [("R", "O"), ("R", "T")] if isinstance(run.reference, LiveReference) else []
+    results += distinct(run.store, [("T", "B"), ("F", "B"), ("O", "B"), *live])
+    for gate in gates:
+        if gate.pair in pairs.comparisons:
+            results += judge(gate, pairs.comparisons[gate.pair])
+    return results
+
+
+def _feeding_gates(gates: Sequence[Gate], fed: Fed) -> list[GateResult]:
+    results = []
+    for name, checks in (("O-D", fed.cache), ("O-P", fed.padding)):
+        comparison = feeding.comparison(name, checks)
+        results.append(finiteness(comparison))
+        for gate in gates:
+            if gate.pair == name:
+                results += judge(gate, comparison)
+    return results
+
+
+def _summaries(fed: Fed) -> list[CacheCheck]:
+    return [*feeding.summaries(fed.cache), *feeding.summaries(fed.padding)]
+
+
+def _drop_bundle(run: Run) -> None:
+    for model in ("F", "O", "O1"):
+        run.store.drop(model)
+
+
+def _invalid(survivors: Sequence[str]) -> list[Verdict]:
+    return ["INCONCLUSIVE"] if survivors else []

@@ -1,0 +1,199 @@
+"""An ONNX bundle as verify sees it: files hashed against its manifest, and the weights that its graph points at."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from exporter.errors import InputRefused
+from exporter.files import sha256_file
+from exporter.graph.weights import Quantized, Weight, dequantize, open_weights
+from exporter.manifest import read_manifest
+from exporter.progress import SILENT, Progress
+from exporter.sources.tensors import FLOATS, TensorInfo, read_tensor
+
+GRAPHS = ("model.onnx", "model_cuda.onnx")
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """`format` is float, int8 or int4, by what the graph computes with; `hashes` are of the bytes as read now."""
+
+    directory: Path
+    graph: Path
+    format: str
+    target: str
+    provenance: str
+    hashes: dict[str, str]
+    weights: Mapping[str, Weight]
+
+    def values(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every floating-point tensor by its checkpoint name, in float32 and the checkpoint's orientation."""
+        for name, weight in self.weights.items():
+            if isinstance(weight, Quantized):
+                yield name, dequantize(weight)
+            elif weight.dtype in FLOATS:
+                yield name, read_tensor(weight).float()
+
+
+def open_bundle(directory: Path, progress: Progress = SILENT) -> Bundle:
+    """Open a bundle and hash every file that its manifest lists, and every file that its graph reads.
+
+    InputRefused: no graph, a hash that differs from the manifest, a graph that points at anything but whole tensors.
+    """
+    if not directory.is_dir():
+        raise InputRefused(f"{directory} is not a directory", expected="a bundle made by `exporter export`")
+    graphs = [directory / name for name in GRAPHS if (directory / name).is_file()]
+    if not graphs:
+        raise InputRefused(
+            f"no ONNX graph in {directory}",
+            expected=" or ".join(GRAPHS),
+            todo="run `exporter export` on this checkpoint",
+        )
+    graph = graphs[0]
+    model = load_graph(graph)
+    weights, files = _graph_weights(graph, model)
+    hashes, provenance = _check_hashes(directory, [graph, *files], progress)
+    return Bundle(directory, graph, _format(model), _target(model), provenance, hashes, weights)
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """The graph without its weights; InputRefused if it is not an ONNX model."""
+    try:
+        return onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf raises DecodeError of its C++ or its Python implementation
+        raise InputRefused(
+            f"{path} is not an ONNX model ({error})", expected="a model.onnx", todo="export it again"
+        ) from error
+
+
+def external_data(tensor: onnx.TensorProto) -> dict[str, str]:
+    """location, offset and length of a tensor that lies in another file; empty for one inside the graph."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return {}
+    return {entry.key: entry.value for entry in tensor.external_data}
+
+
+def _graph_weights(graph: Path, model: onnx.ModelProto) -> tuple[dict[str, Weight], list[Path]]:
+    """The tensors of the files that the graph reads, after checking that each initializer is one of them."""
+    external = [(tensor.name, external_data(tensor)) for tensor in model.graph.initializer if external_data(tensor)]
+    if not external:
+        raise InputRefused(f"{graph} points at no weights", expected="initializers in a safetensors file")
+    files, weights = [], {}
+    for location in sorted({entry["location"] for _, entry in external}):
+        path = graph.parent / location
+        if Path(location).name != location or not path.is_file():
+            raise InputRefused(f"{graph.name} reads {location!r}", expected=f"a file in {graph.parent}")
+        if path.suffix != ".safetensors":
+            raise InputRefused(
+                f"{graph.name} reads its weights from {location}",
+                expected="safetensors, whose header says which bytes are which tensor",
+                todo="export with `--builder native`",
+            )
+        files.append(path)
+        weights |= open_weights(path)
+    _check_places(graph, external, weights)
+    return weights, files
+
+
+def _check_places(graph: Path, external: list[tuple[str, dict[str, str]]], weights: Mapping[str, Weight]) -> None:
+    """Each initializer must be one whole tensor, and one of the name it bears: swapped offsets are another model."""
+    places = {
+        (info.file.name, info.offset): (info, name) for name, weight in weights.items() for info in _parts(weight)
+    }
+    for name, entry in external:
+        found = places.get((entry["location"], int(entry.get("offset", 0))))
+        if found is None or int(entry.get("length", -1)) != found[0].nbytes:
+            raise InputRefused(
+                f"the initializer {name!r} of {graph.name} points at bytes that are no tensor of {entry['location']}",
+                expected="the place of one whole tensor",
+                todo="export it again: the weights were replaced after the graph was written",
+            )
+        if not name.startswith(found[1]):
+            raise InputRefused(
+                f"the initializer {name!r} of {graph.name} points at the tensor {found[1]!r}",
+                expected="the tensor that it is named for",
+                todo="export it again",
+            )
+
+
+def _parts(weight: Weight) -> list[TensorInfo]:
+    if isinstance(weight, Quantized):
+        return [part for part in (weight.codes, weight.scales, weight.zero_points) if part is not None]
+    return [weight]
+
+
+def _check_hashes(directory: Path, read: list[Path], progress: Progress) -> tuple[dict[str, str], str]:
+    """Digests of every file that the manifest lists or the graph reads, and the provenance: known or unknown."""
+    manifest = read_manifest(directory)
+    expected = listed_files(manifest) if manifest else {}
+    paths = sorted({*(directory / name for name in expected), *read})
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise InputRefused(
+            f"{directory} lacks {', '.join(missing)}",
+            expected="every file that exporter.json lists",
+            todo="make it again",
+        )
+    hashes = {}
+    with progress.task(f"hash {directory.name}", sum(path.stat().st_size for path in paths), "B") as task:
+        for path in paths:
+            hashes[path.name] = sha256_file(path)
+            task.advance(path.stat().st_size)
+    for name, entry in expected.items():
+        if hashes[name] != entry.get("sha256"):
+            raise InputRefused(
+                f"{directory / name} has the SHA-256 {hashes[name][:16]}...",
+                expected=f"{str(entry.get('sha256'))[:16]}..., as exporter.json records",
+                todo="the file was changed after it was made: make it again",
+            )
+    known = all(path.name in expected for path in read)
+    return hashes, "known" if known else "unknown"
+
+
+def listed_files(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The files that a manifest's stages list as output, with their entries; a later stage's entry counts."""
+    files: dict[str, dict[str, Any]] = {}
+    for section in manifest["stages"].values():
+        outputs = section.get("outputs", section) if isinstance(section, dict) else {}
+        listed = outputs.get("files", {}) if isinstance(outputs, dict) else {}
+        for name, entry in listed.items():
+            if (
+                not isinstance(entry, dict)
+                or "sha256" not in entry
+                or Path(name).is_absolute()
+                or ".." in Path(name).parts
+            ):
+                raise InputRefused(
+                    f"exporter.json lists {name!r} in a way this version does not read", todo="make it again"
+                )
+            files[name] = entry
+    return files
+
+
+def _format(model: onnx.ModelProto) -> str:
+    bits = {
+        attribute.i
+        for node in model.graph.node
+        if node.op_type == "MatMulNBits"
+        for attribute in node.attribute
+        if attribute.name == "bits"
+    }
+    return f"int{min(bits)}" if bits else "float"
+
+
+def _target(model: onnx.ModelProto) -> str:
+    """cuda graphs keep their cache in float16."""
+    halves = [value for value in model.graph.input if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16]
+    return "cuda" if halves else "cpu"
+
+
+def quantization_steps(weight: Quantized) -> torch.Tensor:
+    """The step of every element, float32, in the checkpoint's orientation."""
+    scales = read_tensor(weight.scales).float()
+    steps = torch.from_numpy(np.repeat(scales.numpy(), weight.block, axis=1))
+    return steps.T if weight.transposed else steps

@@ -1,0 +1,62 @@
+"""`exporter capture`: the 8-bit reference as a file, for machines that cannot run it."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from exporter.parity.documents import Level, tokens_sha256
+from exporter.parity.inputs import find_template, make_documents, open_pair, resolve_pair
+from exporter.parity.models import TorchScorer, load_reference, reference_environment
+from exporter.parity.reference import capture_store
+from exporter.parity.scoring import LogitStore
+from exporter.progress import SILENT, Progress
+from exporter.prompts import TEMPLATES
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """The file that `capture` wrote."""
+
+    path: Path
+    documents: int
+    positions: int
+    nbytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"path": str(self.path)}
+
+
+def capture(
+    *,
+    base: str | Path,
+    adapter: str | Path | Sequence[str | Path],
+    out: str | Path,
+    weight: Sequence[float] = (),
+    prompts: str | Path | None = None,
+    level: Level = "commit",
+    template: str | None = None,
+    progress: Progress = SILENT,
+) -> Captured:
+    """Run the 8-bit reference and write it to `out` (safetensors), for `verify(reference=out)`.
+
+    `prompts`, `level` and the chat template (a name or text; default: the adapter's, else the base's) must be those of
+    the later run, which refuses a file made from other tokens.
+    """
+    pair = open_pair(*resolve_pair(base, adapter, weight, progress), progress)
+    text = TEMPLATES.get(template, template) if template else find_template([], pair)
+    documents, _ = make_documents(pair, Path(prompts) if prompts else None, level, text)
+    path = Path(out)
+    with tempfile.TemporaryDirectory(prefix="exporter-capture-") as scratch:
+        store = LogitStore(Path(scratch), documents, pair.vocabulary)
+        store.score("R", TorchScorer(load_reference(pair.base, pair.weighted)), progress)
+        capture_store(
+            store,
+            path,
+            tokens_sha256=tokens_sha256(documents),
+            base_files=pair.base_files,
+            adapter_files=pair.adapter_files,
+            environment=reference_environment(),
+        )
+    return Captured(path, len(documents), store.rows, path.stat().st_size)

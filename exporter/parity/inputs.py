@@ -1,0 +1,180 @@
+"""Opening and checking what verify is given, before any model is loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from exporter.errors import InputRefused, UsageError
+from exporter.files import sha256_file
+from exporter.parity.bundles import Bundle
+from exporter.parity.documents import LEVELS, PACKAGED, Document, Level, build_documents, level_rows, read_rows
+from exporter.progress import SILENT, Progress
+from exporter.prompts import chat_template
+from exporter.sources.adapter import Adapter, open_adapter
+from exporter.sources.checkpoint import Checkpoint, open_checkpoint, read_json, read_tensor
+from exporter.sources.hub import resolve
+from exporter.sources.tokenizer import TOKENIZER_JSON, build_tokenizer_json, tokenizer_files
+
+ALPACA_SET = PACKAGED / "alpaca.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Base and adapters, opened and hashed."""
+
+    base: Checkpoint
+    adapters: tuple[Adapter, ...]
+    weighted: tuple[tuple[Path, float], ...]
+    base_files: dict[str, str]
+    adapter_files: dict[str, str]
+    tokenizer: Tokenizer
+    vocabulary: int
+    context: int
+
+
+def resolve_pair(
+    base: str | Path, adapter: str | Path | Sequence[str | Path], weight: Sequence[float], progress: Progress = SILENT
+) -> tuple[Path, list[tuple[Path, float]]]:
+    """Directories of base and adapters, fetched from the hub where they are ids; each adapter with its weight."""
+    adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter)
+    weights = list(weight) or [1.0] * len(adapters)
+    if not adapters or len(weights) != len(adapters):
+        raise UsageError(f"{len(weights)} weights for {len(adapters)} adapters", expected="one weight an adapter")
+    directories = [resolve(one, kind="adapter", progress=progress).directory for one in adapters]
+    return resolve(base, kind="base", progress=progress).directory, list(zip(directories, weights, strict=True))
+
+
+def open_pair(base: Path, adapters: Sequence[tuple[Path, float]], progress: Progress = SILENT) -> Pair:
+    """InputRefused for a malformed base or adapter, or an adapter that changes nothing."""
+    checkpoint = open_checkpoint(base)
+    opened = [open_adapter(directory) for directory, _ in adapters]
+    for adapter in opened:
+        _require_change(adapter)
+    files = [*checkpoint.files, base / "config.json"]
+    with progress.task("hash base and adapter", sum(f.stat().st_size for f in files), "B") as task:
+        base_files = {}
+        for path in files:
+            base_files[path.name] = sha256_file(path)
+            task.advance(path.stat().st_size)
+    adapter_files = {
+        f"{i}/{path.name}": sha256_file(path)
+        for i, adapter in enumerate(opened)
+        for path in (adapter.file, adapter.directory / "adapter_config.json")
+    }
+    tokenizer = load_tokenizer(tokenizer_files(base, [adapter.directory for adapter in opened]).directory)
+    vocabulary = min(int(checkpoint.config.get("vocab_size", 1 << 62)), tokenizer.get_vocab_size())
+    return Pair(
+        checkpoint,
+        tuple(opened),
+        tuple(adapters),
+        base_files,
+        adapter_files,
+        tokenizer,
+        vocabulary,
+        context(checkpoint.config),
+    )
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """tokenizer.json, or the one that transformers makes of vocab.json and merges.txt."""
+    path = directory / TOKENIZER_JSON
+    data = path.read_bytes() if path.is_file() else build_tokenizer_json(directory)
+    try:
+        return Tokenizer.from_buffer(data)
+    except Exception as error:  # tokenizers (Rust) raises plain Exception
+        raise InputRefused(
+            f"{path} is not a tokenizer ({error})", expected="a tokenizer.json", todo="fetch it again"
+        ) from error
+
+
+def context(config: dict[str, Any]) -> int:
+    """The longest input the architecture takes, in tokens."""
+    for key in ("n_positions", "max_position_embeddings", "n_ctx"):
+        if isinstance(config.get(key), int):
+            return config[key]
+    raise InputRefused("config.json names no context length", expected="n_positions or max_position_embeddings")
+
+
+def end_of_text(config: dict[str, Any]) -> int | None:
+    value = config.get("eos_token_id")
+    return value[0] if isinstance(value, list) and value else value if isinstance(value, int) else None
+
+
+def make_documents(
+    pair: Pair, prompts: Path | None, level: Level, template: str | None
+) -> tuple[list[Document], list[str]]:
+    """The documents of a level, and what has to be said about them."""
+    rows = level_rows(read_rows(prompts or ALPACA_SET), level, packaged=prompts is None)
+    documents = build_documents(
+        rows,
+        pair.tokenizer,
+        template=template,
+        end_of_text=end_of_text(pair.base.config),
+        context=pair.context,
+        response_tokens=LEVELS[level].response_tokens,
+    )
+    largest = max(max(document.tokens) for document in documents)
+    if largest >= int(pair.base.config.get("vocab_size", largest + 1)):
+        raise InputRefused(
+            f"the tokenizer gives the token {largest}",
+            expected=f"ids below {pair.base.config['vocab_size']}, the vocabulary",
+        )
+    notes = []
+    if template is None and any(row.instruction for row in rows):
+        notes.append("no chat template: instructions were fed plainly, as instruction, blank line, input")
+    cut = sum(document.truncated for document in documents)
+    if cut:
+        notes.append(f"{cut} of {len(documents)} documents were cut at the context of {pair.context} tokens")
+    return documents, notes
+
+
+def find_template(bundles: Sequence[Path], pair: Pair) -> str | None:
+    """The chat template: the bundle's, else the adapter's, else the base's."""
+    for directory in (*bundles, *(adapter.directory for adapter in pair.adapters), pair.base.directory):
+        template = chat_template(directory)
+        if template is not None:
+            return template
+    return None
+
+
+def check_bundle_inputs(bundle: Bundle, pair: Pair, documents: Sequence[Document]) -> None:
+    """InputRefused where the bundle's tokenizer or context is not the one that the documents were made with."""
+    tokenizer = load_tokenizer(bundle.directory)
+    ours, theirs = pair.tokenizer.get_vocab(with_added_tokens=True), tokenizer.get_vocab(with_added_tokens=True)
+    if ours != theirs:
+        odd = next(iter(set(ours.items()) ^ set(theirs.items())))
+        raise InputRefused(
+            f"the tokenizer of {bundle.directory} differs from the one of the base and adapter, such as at {odd}",
+            expected="the same vocabulary",
+            todo="merge again: merge copies the tokenizer byte for byte",
+        )
+    for document in documents:
+        text = pair.tokenizer.decode(list(document.tokens), skip_special_tokens=False)
+        if tokenizer.encode(text).ids != pair.tokenizer.encode(text).ids:
+            raise InputRefused(
+                f"the tokenizer of {bundle.directory} splits document {document.index} otherwise than the base's",
+                expected="equal token ids",
+                todo="merge again: merge copies the tokenizer byte for byte",
+            )
+    length = context(read_json(bundle.directory / "config.json"))
+    if length < max(len(document.tokens) for document in documents):
+        raise InputRefused(f"{bundle.directory} takes {length} tokens", expected=f"{pair.context}, as the base")
+
+
+def _require_change(adapter: Adapter) -> None:
+    alive = False
+    for factors in adapter.factors.values():
+        down, up = read_tensor(factors.down).float(), read_tensor(factors.up).float()
+        if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+            raise InputRefused(f"{factors.module}: the adapter holds NaN or infinity", expected="finite factors")
+        alive = alive or bool(down.any() and up.any() and factors.scale != 0)
+    if not alive:
+        raise InputRefused(
+            f"the adapter in {adapter.directory} changes nothing: every B (or A) is zero",
+            expected="a trained adapter",
+            todo="check that training ran and that the right checkpoint was saved",
+        )

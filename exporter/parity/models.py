@@ -1,0 +1,208 @@
+"""The models a bundle is compared with, as transformers, PEFT and bitsandbytes run them; one at a time in memory."""
+
+import gc
+import platform
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+
+from exporter.errors import EnvironmentLacking, InputRefused
+from exporter.files import human_bytes
+from exporter.sources.checkpoint import Checkpoint
+
+OUTLIER_THRESHOLD = 6.0
+Adapters = Sequence[tuple[Path, float]]
+
+
+class TorchScorer:
+    """A transformers model as a Scorer: batch 1, unpadded, no cache."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int], /) -> NDArray[np.float32]:
+        ids = torch.tensor([list(token_ids)], device=self.model.device)
+        return self.model(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy()
+
+
+class TruthModels:
+    """T, B and M32 from one loaded fp32 model: unmerged, with the adapter switched off, and merged by PEFT."""
+
+    def __init__(self, base: Checkpoint, adapters: Adapters) -> None:
+        require_memory(_parameters(base) * 4 * 1.15, "the fp32 model that is the truth")
+        self._model: Any = attach_adapters(load_base(base.directory), adapters)
+        self._names = [f"adapter{i}" for i in range(len(adapters))]
+
+    def truth(self) -> TorchScorer:
+        """T: fp32, adapter unmerged."""
+        return TorchScorer(self._model)
+
+    @contextmanager
+    def base(self) -> Iterator[TorchScorer]:
+        """B: the same model without the adapter."""
+        with self._model.disable_adapter():
+            yield TorchScorer(self._model)
+
+    def merged(self) -> TorchScorer:
+        """M32: PEFT's own merge in fp32. The unmerged model is gone after this."""
+        return TorchScorer(self._model.merge_and_unload(adapter_names=self._names).eval())
+
+
+def load_base(directory: Path) -> Any:
+    """The base in fp32. Code in the directory is never run."""
+    from transformers import AutoModelForCausalLM
+
+    with _quiet():
+        return AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+        ).eval()
+
+
+def attach_adapters(model: Any, adapters: Adapters) -> Any:
+    """PeftModel with every adapter loaded and active, each scaled by its weight; InputRefused if one does not fit."""
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    names = [f"adapter{i}" for i in range(len(adapters))]
+    try:
+        with _quiet():
+            peft = PeftModel.from_pretrained(model, str(adapters[0][0]), adapter_name=names[0])
+            for name, (directory, _) in zip(names[1:], adapters[1:], strict=True):
+                peft.load_adapter(str(directory), adapter_name=name)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InputRefused(
+            f"PEFT cannot put the adapter on this base: {str(error)[:300]}",
+            expected="the base that the adapter was trained on",
+        ) from error
+    model = cast(Any, peft)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            for name, (_, weight) in zip(names, adapters, strict=True):
+                if name in layer.scaling:
+                    layer.scaling[name] *= weight
+    model.base_model.set_adapter(names)
+    return model.eval()
+
+
+def load_reference(base: Checkpoint, adapters: Adapters) -> Any:
+    """R: bitsandbytes LLM.int8 with the adapter unmerged, as the adapter's card loads it.
+
+    threshold 6.0, fp16, one device, eval mode (the train-mode path differs by 0.03). EnvironmentLacking without
+    bitsandbytes or memory.
+    """
+    try:
+        version("bitsandbytes")
+    except PackageNotFoundError as error:
+        raise EnvironmentLacking(
+            "bitsandbytes is not installed, and the reference is the 8-bit model",
+            expected="the extra int8",
+            todo='pip install "exporter[int8]", or give --reference FILE from `exporter capture`',
+        ) from error
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        # Measured: a 6.7B model (13.3 GB in fp16) peaks at 19.9 GB while its layers become int8.
+        require_memory(_parameters(base) * 2 * 1.5, "the 8-bit reference")
+    quantization = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=OUTLIER_THRESHOLD)
+    with _quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            base.directory,
+            quantization_config=quantization,
+            dtype=torch.float16,
+            device_map={"": device},
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+        return attach_adapters(model, adapters)
+
+
+def reference_environment() -> dict[str, str]:
+    """Where the reference was run: CPU and GPU paths of LLM.int8 differ."""
+    device = (
+        torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    )
+    found = {name: _version(name) for name in ("bitsandbytes", "torch", "transformers", "peft")}
+    settings = {"dtype": "float16", "threshold": str(OUTLIER_THRESHOLD), "batch": "1, unpadded"}
+    return {"device": device, "machine": platform.machine(), **found, **settings}
+
+
+def load_weights(directory: Path, values: Mapping[str, torch.Tensor]) -> TorchScorer:
+    """F: the architecture of `directory`'s config.json in fp32 over given weights; InputRefused if one is missing."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    require_memory(sum(value.nbytes for value in values.values()), "the fp32 model over the bundle's weights")
+    with _quiet():
+        architecture = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+        model, info = architecture.from_pretrained(
+            None, config=config, state_dict=dict(values), dtype=torch.float32, output_loading_info=True
+        )
+    if info["missing_keys"]:
+        raise InputRefused(
+            f"{len(info['missing_keys'])} weights are missing, such as {sorted(info['missing_keys'])[0]!r}",
+            expected="every parameter of the architecture in config.json",
+        )
+    return TorchScorer(model.eval())
+
+
+def require_memory(needed: float, purpose: str) -> None:
+    """EnvironmentLacking before loading what would not fit."""
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise EnvironmentLacking(
+            f"{purpose} needs about {human_bytes(needed)} of memory, and {human_bytes(free)} are free",
+            todo="free memory, or use a machine with more",
+        )
+
+
+def release() -> None:
+    """Return a dropped model's memory before the next one is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no warnings of libraries: what is wrong is checked and said by us."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _parameters(base: Checkpoint) -> int:
+    total = 0
+    for info in base.tensors.values():
+        count = 1
+        for size in info.shape:
+            count *= size
+        total += count
+    return total
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"

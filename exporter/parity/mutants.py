@@ -1,0 +1,228 @@
+"""The kill matrix: deliberate errors that named gates must see. A check that cannot fail proves nothing.
+
+Merge mutants change the weights read back from the bundle, one target at a time, and meet the weight gates: in a deep
+model one dropped layer is a hundredth of KL(T||B), and no KL gate sees it. Graph mutants run on one short document and
+meet the logit gates. A mutant that equals the original for this model is "not applicable", with the proof.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from exporter.graph.weights import Quantized
+from exporter.parity.bundles import Bundle
+from exporter.parity.feeding import comparison, decode_with_session, padded, pair
+from exporter.parity.gates import Gate, ProjectionLimits, finiteness, judge
+from exporter.parity.graphs import GraphSession, full_precision, not_a_number, wrong_activation, wrong_qkv_order
+from exporter.parity.oracle import Adapted, Oracle
+from exporter.parity.result import GateResult, Mutant
+from exporter.parity.statistics import PairTokens
+from exporter.parity.weights import (
+    allowed_types,
+    canonical_weights,
+    elements_pass,
+    judge_projection,
+    project,
+    read_values,
+    round_to,
+)
+
+Float = NDArray[np.float64]
+PROJECTION, ELEMENTS = "weights.projection", "weights.elements"
+
+
+@dataclass(frozen=True, slots=True)
+class MergeMutation:
+    """`change(adapted, next)` is the delta that the faulty merge would add, or why there is none for this target."""
+
+    name: str
+    change: Callable[[Adapted, Adapted | None], Float | str]
+
+
+def merge_mutations() -> list[MergeMutation]:
+    return [
+        MergeMutation("adapter dropped", lambda a, _: np.zeros_like(a.delta)),
+        MergeMutation("scale x 0.5", lambda a, _: 0.5 * a.delta),
+        MergeMutation("scale x 0.9", lambda a, _: 0.9 * a.delta),
+        MergeMutation("scale x 2", lambda a, _: 2 * a.delta),
+        MergeMutation("alpha instead of alpha / r", _alpha_alone),
+        MergeMutation("merged twice", lambda a, _: a.delta + a.delta),
+        MergeMutation("layers shuffled", _next_layer),
+        MergeMutation("q, k, v swapped", _thirds_swapped),
+        MergeMutation("transposed", _transposed),
+        MergeMutation("rows shuffled", lambda a, _: np.roll(a.delta, 1, axis=0)),
+    ]
+
+
+def merge_mutants(bundle: Bundle, oracle: Oracle, limits: ProjectionLimits) -> list[Mutant]:
+    """Each mutation in each target alone: it must be seen in every one, so that it is seen in any one."""
+    weights = canonical_weights(bundle, oracle)
+    tallies = {mutation.name: _Tally() for mutation in merge_mutations()}
+    names = oracle.names
+    for i, name in enumerate(names):
+        adapted = oracle.merge(name)
+        other = oracle.merge(names[(i + 1) % len(names)]) if len(names) > 1 else None
+        weight = weights[name]
+        types = None
+        if not isinstance(weight, Quantized):
+            types = allowed_types(weight, oracle.base.tensors[oracle.base_tensor(name)])
+        stored = read_values(weight)
+        for mutation in merge_mutations():
+            delta = mutation.change(adapted, other)
+            tally = tallies[mutation.name]
+            if isinstance(delta, str):
+                tally.reasons.append(delta)
+            elif not (delta != adapted.delta).any():
+                tally.reasons.append(f"{name}: equals the original, max |difference| = 0")
+            else:
+                tally.add(name, _killers(stored, adapted, delta, types, limits))
+    expected = (PROJECTION,) if bundle.format != "float" else (PROJECTION, ELEMENTS)
+    return [tallies[mutation.name].mutant(mutation.name, expected) for mutation in merge_mutations()]
+
+
+class _Tally:
+    """What happened to one mutation over all targets."""
+
+    def __init__(self) -> None:
+        self.killers: dict[str, set[str]] = {}
+        self.reasons: list[str] = []
+
+    def add(self, tensor: str, killers: set[str]) -> None:
+        self.killers[tensor] = killers
+
+    def mutant(self, name: str, expected: tuple[str, ...]) -> Mutant:
+        if not self.killers:
+            return Mutant(
+                name, "merge", "not applicable", expected, (), self.reasons[0] if self.reasons else "no target"
+            )
+        survivors = [tensor for tensor, killers in self.killers.items() if not killers]
+        seen_everywhere = set.intersection(*self.killers.values())
+        if survivors:
+            detail = f"unseen in {len(survivors)} of {len(self.killers)} tensors, such as {survivors[0]}"
+            return Mutant(name, "merge", "survived", expected, (), detail)
+        killed_by = tuple(gate for gate in expected if gate in seen_everywhere) or tuple(
+            sorted(set.union(*self.killers.values()))
+        )
+        return Mutant(name, "merge", "killed", expected, killed_by, f"in each of {len(self.killers)} tensors alone")
+
+
+def _killers(
+    stored: Float, adapted: Adapted, delta: Float, types: Sequence[str] | None, limits: ProjectionLimits
+) -> set[str]:
+    """The gates that see a bundle into which `delta` was merged. A quantized bundle keeps its quantization noise."""
+    if types is None:
+        wrong = stored + (delta - adapted.delta)
+        elements = False
+    else:
+        wrong = round_to(adapted.original + delta, types[-1])
+        elements = not elements_pass(wrong, adapted, types)
+    killers = {ELEMENTS} if elements else set()
+    if judge_projection(project(wrong, adapted), limits) == "FAIL":
+        killers.add(PROJECTION)
+    return killers
+
+
+def _alpha_alone(adapted: Adapted, _: Adapted | None) -> Float | str:
+    if len(adapted.ranks) != 1:
+        return "several adapters: no single alpha"
+    if adapted.alphas[0] == adapted.scalings[0]:
+        return f"alpha / r = alpha: r = {adapted.ranks[0]}"
+    return adapted.delta * (adapted.alphas[0] / adapted.scalings[0]) if adapted.scalings[0] else "the scaling is 0"
+
+
+def _next_layer(adapted: Adapted, other: Adapted | None) -> Float | str:
+    if other is None:
+        return "one target: nothing to shuffle with"
+    if other.delta.shape != adapted.delta.shape:
+        return f"{adapted.name} and {other.name} differ in shape: {adapted.delta.shape}, {other.delta.shape}"
+    return other.delta
+
+
+def _thirds_swapped(adapted: Adapted, _: Adapted | None) -> Float | str:
+    rows, columns = adapted.delta.shape
+    axis = 1 if columns == 3 * rows else 0 if rows == 3 * columns else None
+    if axis is None:
+        return f"{adapted.name} {adapted.delta.shape} is no packed q|k|v"
+    q, k, v = np.split(adapted.delta, 3, axis=axis)
+    return np.concatenate([k, v, q], axis=axis)
+
+
+def _transposed(adapted: Adapted, _: Adapted | None) -> Float | str:
+    rows, columns = adapted.delta.shape
+    return adapted.delta.T.copy() if rows == columns else f"{adapted.name} {adapted.delta.shape} is not square"
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSubject:
+    """What graph mutants are tried on: F's logits of one short document, and rows for a padded batch."""
+
+    model: onnx.ModelProto
+    bundle: Bundle
+    row: tuple[int, ...]
+    carried: NDArray[np.float32]  # (T, V) of F, the model that carries the bundle's weights
+    rows: tuple[tuple[int, ...], ...]
+
+
+def graph_mutants(subject: GraphSubject, gates: Sequence[Gate]) -> list[Mutant]:
+    """Graph faults, each killed by the gate named for it."""
+    model, bundle = full_precision(subject.model), subject.bundle
+    # A cuda graph computes in float16: there only the KL gate holds.
+    judged = [gate for gate in gates if gate.pair == "F-O1"] or [gate for gate in gates if gate.id == "graph.kl"]
+    cache = [gate for gate in gates if gate.id.startswith("cache.")]
+    padding = [gate for gate in gates if gate.id.startswith("padding.")]
+    ids = np.array([subject.row])
+    session = GraphSession(model, bundle.directory, bundle.target)
+    shifted = np.arange(1, ids.shape[1] + 1)[None]
+    half = max(2, len(subject.row) // 2)
+    straight = session.logits(subject.row)[half:]
+    stale = decode_with_session(session, subject.row, half, stale=True)
+    mutants = [
+        _meet("positions + 1", judged, "F-O1", pair(subject.carried, session.feed(ids, positions=shifted).logits[0])),
+        _meet("stale cache slot", cache, "O-D", pair(straight, stale)),
+        _padding_mutant(session, subject, padding),
+    ]
+    del session
+    for name, change in (("wrong activation", wrong_activation), ("q, k, v out of order", wrong_qkv_order)):
+        wrong = change(model)
+        if wrong is None:
+            expected = tuple(gate.id for gate in judged)
+            mutants.append(Mutant(name, "graph", "not applicable", expected, (), "no such node in the graph"))
+            continue
+        logits = GraphSession(wrong, bundle.directory, bundle.target).logits(subject.row)
+        mutants.append(_meet(name, judged, "F-O1", pair(subject.carried, logits)))
+    logits = GraphSession(not_a_number(model), bundle.directory, bundle.target).logits(subject.row)
+    mutants.append(_meet_finiteness("NaN in the logits", pair(subject.carried, logits)))
+    return mutants
+
+
+def _padding_mutant(session: GraphSession, subject: GraphSubject, gates: Sequence[Gate]) -> Mutant:
+    name = "padding not masked"
+    if subject.bundle.target != "cpu":
+        reason = "rows are padded on the right only, and no position sees a later one"
+        return Mutant(name, "graph", "not applicable", tuple(gate.id for gate in gates), (), reason)
+    alone = np.concatenate([session.logits(row) for row in sorted(subject.rows, key=len)])
+    blind = padded(session, sorted(subject.rows, key=len), "left", pad=0, honest_mask=False)
+    return _meet(name, gates, "O-P", pair(alone, blind))
+
+
+def _meet(name: str, gates: Sequence[Gate], pair_name: str, tokens: PairTokens) -> Mutant:
+    """Let the gates judge the mutant's logits. On one document only exact figures are judged."""
+    exact = [replace(gate, bound="exact", scopes=("all",), tokens=1, documents=1) for gate in gates]
+    results: list[GateResult] = []
+    for gate in exact:
+        results += judge(gate, comparison(pair_name, [(name, tokens)]))
+    killed_by = tuple(result.gate for result in results if result.outcome == "FAIL")
+    detail = f"centered max {tokens.centered_max.max():.3g}, mean KL {tokens.kl.mean():.3g}"
+    outcome = "killed" if killed_by else "survived"
+    return Mutant(name, "graph", outcome, tuple(gate.id for gate in gates), killed_by, detail)
+
+
+def _meet_finiteness(name: str, tokens: PairTokens) -> Mutant:
+    result = finiteness(comparison("F-O1", [(name, tokens)]))
+    killed = result.outcome == "FAIL"
+    return Mutant(
+        name, "logits", "killed" if killed else "survived", ("finite",), ("finite",) if killed else (), result.detail
+    )

@@ -1,0 +1,216 @@
+"""R, the 8-bit model: run here, or captured elsewhere in a file (`exporter capture`).
+
+A capture keeps, per position, the smallest top-k that covers 99.9 % of the mass (at most 4096) and the mass of the
+rest. Both sides of a pair are then coarsened alike: k buckets of one token and one bucket of all others. A fixed
+top-256 left 28 % of the mass in the tail of a small model and understated KL by 20 %.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from exporter.errors import InputRefused
+from exporter.files import write_atomically
+from exporter.parity.documents import Document
+from exporter.parity.scoring import LogitStore
+from exporter.parity.statistics import PairTokens, Scored, compare, log_softmax, score
+
+COVERED = 0.999
+LARGEST = 4096
+FORMAT = "1"
+ABSENT = -60.0  # log p of a padding bucket on both sides: it adds nothing to any sum
+
+Int = NDArray[np.int64]
+
+
+class Reference(Protocol):
+    """R against another model's view of some positions of a document."""
+
+    name: str
+    environment: dict[str, str]
+
+    def from_reference(self, document: Document, rows: slice, cand: Scored, targets: Int) -> PairTokens:
+        """The pair R-cand."""
+        ...
+
+    def to_reference(self, document: Document, rows: slice, ref: Scored, targets: Int) -> PairTokens:
+        """The pair ref-R."""
+        ...
+
+
+class LiveReference:
+    """R was run in this process and its logits are in the store."""
+
+    name = "int8"
+
+    def __init__(self, store: LogitStore, environment: dict[str, str]) -> None:
+        self._store, self.environment = store, environment
+
+    def from_reference(self, document: Document, rows: slice, cand: Scored, targets: Int) -> PairTokens:
+        return compare(self._score(document, rows, targets), cand, targets)
+
+    def to_reference(self, document: Document, rows: slice, ref: Scored, targets: Int) -> PairTokens:
+        return compare(ref, self._score(document, rows, targets), targets)
+
+    def _score(self, document: Document, rows: slice, targets: Int) -> Scored:
+        return score(self._store.read("R", document, rows), targets)
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """R's distributions: position i holds the next `counts[i]` tokens; `tail` is the log of the mass of the rest."""
+
+    ids: NDArray[np.int32]
+    log_p: NDArray[np.float32]
+    counts: NDArray[np.int32]
+    tail: NDArray[np.float32]
+    tokens_sha256: str
+    base_files: dict[str, str]
+    adapter_files: dict[str, str]
+    vocabulary: int
+    environment: dict[str, str]
+    sha256: str
+
+
+class CapturedReference:
+    """R comes from a file; the other side of each pair is coarsened to the file's buckets."""
+
+    def __init__(self, capture: Capture, documents: Sequence[Document]) -> None:
+        self.name, self.environment = f"capture {capture.sha256[:16]}", capture.environment
+        self._capture = capture
+        self._starts = np.concatenate([[0], np.cumsum(capture.counts)])
+        self._first = np.concatenate([[0], np.cumsum([len(document.positions) for document in documents])])
+
+    def from_reference(self, document: Document, rows: slice, cand: Scored, targets: Int) -> PairTokens:
+        ours, theirs, places = self._coarsen(document, rows, cand, targets)
+        return compare(score(theirs, places), _marked(score(ours, places), cand), places)
+
+    def to_reference(self, document: Document, rows: slice, ref: Scored, targets: Int) -> PairTokens:
+        ours, theirs, places = self._coarsen(document, rows, ref, targets)
+        return compare(_marked(score(ours, places), ref), score(theirs, places), places)
+
+    def _coarsen(self, document: Document, rows: slice, other: Scored, targets: Int) -> tuple[NDArray, NDArray, Int]:
+        """(N, k + 1) log probabilities of the other side and of R, and the bucket of each true token."""
+        wanted = range(*rows.indices(len(document.positions)))
+        first = int(self._first[document.index])
+        counts = self._capture.counts[first + wanted.start : first + wanted.stop]
+        width = int(counts.max()) + 1
+        ours, theirs = np.full((len(counts), width), ABSENT), np.full((len(counts), width), ABSENT)
+        places = np.empty(len(counts), np.int64)
+        for i, count in enumerate(counts):
+            start = self._starts[first + wanted.start + i]
+            ids = self._capture.ids[start : start + count]
+            ours[i, :count] = other.log_p[i, ids]
+            ours[i, width - 1] = _log_rest(ours[i, :count])
+            theirs[i, :count] = self._capture.log_p[start : start + count]
+            theirs[i, width - 1] = max(float(self._capture.tail[first + wanted.start + i]), ABSENT)
+            found = np.flatnonzero(ids == targets[i])
+            places[i] = found[0] if len(found) else width - 1
+        return ours, theirs, places
+
+
+def capture_store(
+    store: LogitStore,
+    out: Path,
+    *,
+    tokens_sha256: str,
+    base_files: dict[str, str],
+    adapter_files: dict[str, str],
+    environment: dict[str, str],
+) -> None:
+    """Write R's logits of `store` as a capture file (safetensors; the facts are JSON in its metadata)."""
+    ids, log_p, counts, tail = [], [], [], []
+    for document in store.documents:
+        for row in log_softmax(store.read("R", document)):
+            order = np.argsort(-row, kind="stable")[:LARGEST]
+            count = min(len(order), int(np.searchsorted(np.cumsum(np.exp(row[order])), COVERED)) + 1)
+            ids.append(order[:count].astype(np.int32))
+            log_p.append(row[order[:count]].astype(np.float32))
+            counts.append(count)
+            tail.append(_log_rest(row[order[:count]]))
+    facts = {
+        "base_files": base_files,
+        "adapter_files": adapter_files,
+        "environment": environment,
+        "vocabulary": store.vocabulary,
+    }
+    tensors = {
+        "ids": np.concatenate(ids),
+        "log_p": np.concatenate(log_p),
+        "counts": np.array(counts, np.int32),
+        "tail": np.array(tail, np.float32),
+    }
+    metadata = {"format": FORMAT, "tokens_sha256": tokens_sha256, "facts": json.dumps(facts, sort_keys=True)}
+    write_atomically(out, save(tensors, metadata))
+
+
+def read_capture(path: Path) -> Capture:
+    """InputRefused if `path` is no capture file."""
+    if not path.is_file():
+        raise InputRefused(
+            f"there is no reference file {path}", expected='"int8" or a file written by `exporter capture`'
+        )
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"format {metadata.get('format')!r}")
+            facts = json.loads(metadata["facts"])
+            capture = Capture(
+                file.get_tensor("ids"),
+                file.get_tensor("log_p"),
+                file.get_tensor("counts"),
+                file.get_tensor("tail"),
+                metadata["tokens_sha256"],
+                facts["base_files"],
+                facts["adapter_files"],
+                facts["vocabulary"],
+                facts["environment"],
+                hashlib.sha256(path.read_bytes()).hexdigest(),
+            )
+        if int(capture.counts.sum()) != len(capture.ids) or len(capture.tail) != len(capture.counts):
+            raise ValueError("the counts do not fit the tokens")
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise InputRefused(
+            f"{path} is not a reference that this version reads ({error})",
+            expected="a file written by `exporter capture`",
+            todo="capture it again",
+        ) from error
+    return capture
+
+
+def check_capture(
+    capture: Capture, *, tokens_sha256: str, base_files: dict[str, str], adapter_files: dict[str, str]
+) -> None:
+    """InputRefused unless the capture is of this base, these adapters and these tokens."""
+    for what, seen, expected in (
+        ("base", capture.base_files, base_files),
+        ("adapter", capture.adapter_files, adapter_files),
+    ):
+        if sorted(seen.values()) != sorted(expected.values()):
+            raise InputRefused(f"the reference was captured with another {what}", expected=f"this {what}'s hashes")
+    if capture.tokens_sha256 != tokens_sha256:
+        raise InputRefused(
+            "the reference was captured on other tokens",
+            expected="the same prompts, level, tokenizer and chat template",
+            todo="capture it again with the prompts and the level of this run",
+        )
+
+
+def _log_rest(log_p: NDArray) -> float:
+    """Log of the mass that `log_p` leaves out."""
+    rest = -np.expm1(np.log(np.maximum(np.exp(log_p.astype(np.float64)).sum(), 1e-300))) if len(log_p) else 1.0
+    return float(np.log(rest)) if rest > np.exp(ABSENT) else ABSENT
+
+
+def _marked(coarse: Scored, full: Scored) -> Scored:
+    """A position whose full logits were not finite stays marked."""
+    return replace(coarse, finite=coarse.finite & full.finite)

@@ -1,0 +1,152 @@
+"""`exporter verify`: do the merged weights and the ONNX bundle still say what the unmerged 8-bit model said?"""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from exporter.errors import UsageError
+from exporter.manifest import versions
+from exporter.parity.bundle_check import Run, verify_bundle
+from exporter.parity.bundles import open_bundle
+from exporter.parity.documents import LEVELS, Level, tokens_sha256
+from exporter.parity.gates import load_thresholds
+from exporter.parity.inputs import Pair, check_bundle_inputs, find_template, make_documents, open_pair, resolve_pair
+from exporter.parity.models import TorchScorer, TruthModels, load_reference, reference_environment, release
+from exporter.parity.oracle import Oracle
+from exporter.parity.pairs import common_pairs
+from exporter.parity.reference import CapturedReference, LiveReference, Reference, check_capture, read_capture
+from exporter.parity.result import SCHEMA_VERSION, BundleResult, Inputs, Verification, worst_verdict
+from exporter.parity.scoring import LogitStore
+from exporter.progress import SILENT, Progress
+
+
+def verify(
+    *,
+    base: str | Path,
+    adapter: str | Path | Sequence[str | Path],
+    bundle: str | Path | Sequence[str | Path],
+    weight: Sequence[float] = (),
+    prompts: str | Path | None = None,
+    reference: str | Path = "int8",
+    level: Level = "commit",
+    report: str | Path | None = None,
+    progress: Progress = SILENT,
+) -> Verification:
+    """Compare bundles with the unmerged model in fp32 (the truth) and in 8 bits (the reference).
+
+    base, adapter: a directory or a hub id, one or several adapters with a weight each (default 1). bundle: directories.
+    prompts: JSON lines, default the packaged set. reference: "int8" runs bitsandbytes here, else a file from `capture`.
+    level: how much of the prompts is used. report: where verification.json, junit.xml, summary.md and report.html go.
+    Nothing is written into a bundle.
+    Raises InputRefused (a file that is missing, malformed, changed or of another model), EnvironmentLacking (memory,
+    disk, bitsandbytes). A difference is no error: see the result's verdict and exit_code.
+    """
+    started = time.monotonic()
+    if level not in LEVELS:
+        raise UsageError(f"level {level!r}", expected=" or ".join(LEVELS))
+    directories = [Path(bundle)] if isinstance(bundle, str | Path) else [Path(one) for one in bundle]
+    if not directories:
+        raise UsageError("no bundle is given", expected="at least one directory with an ONNX graph")
+    pair = open_pair(*resolve_pair(base, adapter, weight, progress), progress)
+    opened = [open_bundle(directory, progress) for directory in directories]
+    template = find_template(directories, pair)
+    documents, notes = make_documents(pair, Path(prompts) if prompts else None, level, template)
+    for one in opened:
+        check_bundle_inputs(one, pair, documents)
+    tokens = tokens_sha256(documents)
+    oracle = Oracle(pair.base, pair.weighted)
+    with tempfile.TemporaryDirectory(prefix="exporter-verify-") as scratch:
+        store = LogitStore(Path(scratch), documents, pair.vocabulary)
+        source = _score_references(pair, store, str(reference), tokens, progress)
+        common = common_pairs(store, source, progress)
+        run = Run(pair, oracle, documents, store, source, common, load_thresholds(), level, progress)
+        results = tuple(verify_bundle(run, one) for one in opened)
+    verification = Verification(
+        schema_version=SCHEMA_VERSION,
+        verdict=worst_verdict([result.verdict for result in results]),
+        summary=_summary(results),
+        inputs=_inputs(run, tokens, time.monotonic() - started),
+        environment=versions(),
+        bundles=results,
+        notes=tuple(notes),
+    )
+    if report is not None:
+        from exporter.report import write_report  # the one look ahead in the flow: matplotlib loads only for a report
+
+        write_report(verification, Path(report))
+    return verification
+
+
+def _score_references(pair: Pair, store: LogitStore, reference: str, tokens: str, progress: Progress) -> Reference:
+    """T, B, M32 and R, one model in memory at a time."""
+    source: Reference
+    if reference == "int8":
+        environment = reference_environment()
+        model = load_reference(pair.base, pair.weighted)  # first: it is what may be lacking
+        store.score("R", TorchScorer(model), progress)
+        del model
+        release()
+        source = LiveReference(store, environment)
+    else:
+        captured = read_capture(Path(reference))
+        check_capture(captured, tokens_sha256=tokens, base_files=pair.base_files, adapter_files=pair.adapter_files)
+        source = CapturedReference(captured, store.documents)
+    truth = TruthModels(pair.base, pair.weighted)
+    store.score("T", truth.truth(), progress)
+    with truth.base() as scorer:
+        store.score("B", scorer, progress)
+    store.score("M32", truth.merged(), progress)
+    del truth
+    release()
+    return source
+
+
+def _inputs(run: Run, tokens: str, seconds: float) -> Inputs:
+    scopes = run.common.where.scope
+    return Inputs(
+        base=str(run.pair.base.directory),
+        base_files=run.pair.base_files,
+        adapters=tuple(f"{directory} x {weight:g}" for directory, weight in run.pair.weighted),
+        adapter_files=run.pair.adapter_files,
+        reference=run.reference.name,
+        reference_environment=run.reference.environment,
+        level=run.level,
+        documents=len(run.documents),
+        prompt_tokens=int(np.count_nonzero(scopes == "prompt")),
+        response_tokens=int(np.count_nonzero(scopes == "response")),
+        text_tokens=int(np.count_nonzero(scopes == "text")),
+        truncated=sum(document.truncated for document in run.documents),
+        tokens_sha256=tokens,
+        thresholds_version=run.thresholds.version,
+        seconds=round(seconds, 1),
+    )
+
+
+def _summary(results: Sequence[BundleResult]) -> str:
+    """One line per bundle: its verdict, and the worst gate or the distance to the reference."""
+    lines = []
+    for result in results:
+        name = f"{Path(result.directory).name} ({result.format}, {result.target})"
+        faults = [gate for gate in result.gates if gate.outcome == "FAIL"] or [
+            gate for gate in result.gates if gate.outcome == "INCONCLUSIVE"
+        ]
+        if faults:
+            first = faults[0]
+            figure = "" if first.estimate is None else f" = {first.estimate:.3g} (limit {first.limit:.3g})"
+            lines.append(
+                f"{result.verdict} {name}: {first.gate} {first.pair} {first.scope}{figure} {first.detail}".rstrip()
+            )
+        elif result.notes and result.verdict != "PASS":
+            lines.append(f"{result.verdict} {name}: {result.notes[-1]}")
+        else:
+            reference = next(
+                g for g in result.gates if g.pair == "R-O" and g.gate == "recorded" and g.statistic == "kl_mean"
+            )
+            killed = sum(mutant.outcome == "killed" for mutant in result.mutants)
+            lines.append(
+                f"{result.verdict} {name}: mean KL to the reference {reference.estimate:.3g}, {killed} mutants killed"
+            )
+    return "\n".join(lines)

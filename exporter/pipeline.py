@@ -1,0 +1,293 @@
+"""`exporter run`: every stage in order, skipping what is already done and still true.
+
+The output directory's own manifest records, for each stage, what it was asked (its request, with the digests of what
+it read) and what it wrote. A stage is done while its request is the same and its files are as they were written. This
+file imports no model library before a stage has work to do.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exporter.errors import UsageError
+from exporter.files import LOCK, lock_directory, removed_if_empty
+from exporter.manifest import MANIFEST, describe_file, file_is_unchanged, read_manifest, stamp, write_stage
+from exporter.progress import SILENT, Progress
+from exporter.spec import (
+    AdapterSpec,
+    BaseSpec,
+    ExportSpec,
+    MergeSpec,
+    OutputSpec,
+    PromptSpec,
+    Spec,
+    VerifySpec,
+    read_spec,
+)
+
+if TYPE_CHECKING:
+    from exporter.sources.hub import Source
+
+NATIVE = "native"
+PARITY_FILES = ("verification.json", "junit.xml", "summary.md", "report.html")
+
+
+@dataclass(frozen=True, slots=True)
+class StageOutcome:
+    """skipped: the stage was already done. files: relative to the run's directory."""
+
+    name: str
+    skipped: bool
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What `run` made. exit_code: 0, or the verdict's (1 failed, 3 not enough evidence)."""
+
+    directory: Path
+    stages: tuple[StageOutcome, ...]
+    verdict: str
+    exit_code: int
+
+    @property
+    def did_nothing(self) -> bool:
+        return all(stage.skipped for stage in self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        stages = [asdict(stage) for stage in self.stages]
+        return {
+            "directory": str(self.directory),
+            "stages": stages,
+            "verdict": self.verdict,
+            "exit_code": self.exit_code,
+        }
+
+
+def run(
+    spec: str | Path | Spec | None = None,
+    *,
+    base: str | Path | None = None,
+    adapter: str | Path | Sequence[str | Path] | None = None,
+    out: str | Path | None = None,
+    precision: Sequence[str] = (NATIVE,),
+    target: Sequence[str] = ("cpu",),
+    template: str | None = None,
+    level: str = "commit",
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> RunResult:
+    """Merge, export, verify and report, as `spec` (a TOML file) or the keywords say.
+
+    Raises what the first failing stage raises; a verdict that is not PASS is returned, with its exit code.
+    """
+    wanted = _as_spec(spec, base, adapter, out, precision, target, template, level)
+    directory = Path(wanted.output.dir)
+    _refuse_foreign_directory(directory, force)
+    with removed_if_empty(directory), lock_directory(directory):
+        return _Run(wanted, directory, force, progress).stages()
+
+
+def _as_spec(
+    spec: str | Path | Spec | None,
+    base: str | Path | None,
+    adapter: str | Path | Sequence[str | Path] | None,
+    out: str | Path | None,
+    precision: Sequence[str],
+    target: Sequence[str],
+    template: str | None,
+    level: str,
+) -> Spec:
+    if spec is not None:
+        if base is not None or adapter is not None:
+            raise UsageError("both a spec and --base or --adapter", expected="one of the two")
+        wanted = spec if isinstance(spec, Spec) else read_spec(Path(spec))
+        return wanted if out is None else wanted.model_copy(update={"output": OutputSpec(dir=str(out))})
+    if base is None or adapter is None or out is None:
+        raise UsageError("no spec", expected="a SPEC.toml, or --base, --adapter and --out")
+    adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter)
+    return Spec(
+        base=BaseSpec(source=str(base)),
+        adapter=tuple(AdapterSpec(source=str(one)) for one in adapters),
+        merge=MergeSpec(),
+        prompt=PromptSpec(template=template),
+        export=ExportSpec.model_validate({"precisions": tuple(precision), "targets": tuple(target)}),
+        verify=VerifySpec.model_validate({"level": level}),
+        output=OutputSpec(dir=str(out)),
+    )
+
+
+def _refuse_foreign_directory(directory: Path, force: bool) -> None:
+    if force or not directory.exists() or (directory / LOCK).exists():
+        return
+    if not directory.is_dir():
+        raise UsageError(f"{directory} is a file", expected="a directory", todo="choose another --out")
+    if read_manifest(directory) is None and any(directory.iterdir()):
+        raise UsageError(
+            f"{directory} holds something else",
+            expected="an empty directory or the output of an earlier run",
+            todo="choose another --out, or --force",
+        )
+
+
+class _Run:
+    """One run over `directory`: the manifest is read before each stage and written after it."""
+
+    def __init__(self, spec: Spec, directory: Path, force: bool, progress: Progress) -> None:
+        self.spec, self.directory, self.force, self.progress = spec, directory, force, progress
+        self.merged = directory / "merged"
+        self.verdict: dict[str, Any] = {}
+
+    def stages(self) -> RunResult:
+        base, adapters = self._sources()
+        outcomes = [self._merge(base, adapters)]
+        bundles = []
+        for precision in self.spec.export.precisions:
+            for target in self.spec.export.targets:
+                bundles.append(bundle_directory(self.directory, precision, target))
+                outcomes.append(self._export(precision, target))
+        outcomes.append(self._verify(base, adapters, bundles))
+        section = (read_manifest(self.directory) or {"stages": {}})["stages"]["verify"]
+        if all(outcome.skipped for outcome in outcomes):
+            self.progress.note(f"{self.directory}: nothing to do, every stage is done and its files are unchanged")
+        return RunResult(self.directory, tuple(outcomes), section["verdict"], section["exit_code"])
+
+    def _sources(self) -> "tuple[Source, list[Source]]":
+        """Hub ids stay at the commit that an earlier run of the same spec resolved."""
+        from exporter.sources.hub import resolve
+
+        known = self._section("sources").get("commits", {})
+        commits: dict[str, str] = {}
+
+        def at_commit(source: str, revision: str | None, kind: Any) -> "Source":
+            key = f"{source}@{revision or 'main'}"
+            found = resolve(source, revision=known.get(key, revision), kind=kind, progress=self.progress)
+            if found.commit:
+                commits[key] = found.commit
+            return found
+
+        base = at_commit(self.spec.base.source, self.spec.base.revision, "base")
+        adapters = [at_commit(one.source, one.revision, "adapter") for one in self.spec.adapter]
+        if commits != known:
+            write_stage(self.directory, "sources", {"commits": commits})
+        return base, adapters
+
+    def _merge(self, base: "Source", adapters: "Sequence[Source]") -> StageOutcome:
+        spec = self.spec.merge
+        request = {
+            "base": _stamps(base.directory),
+            "adapters": [_stamps(source.directory) for source in adapters],
+            "weights": [one.weight for one in self.spec.adapter],
+            "dtype": spec.dtype,
+            "shard_size": spec.shard_size,
+            "template": self.spec.prompt.template,
+        }
+
+        def work() -> Mapping[str, Any]:
+            from exporter.merging.merge import merge_sources
+
+            merged = merge_sources(
+                base,
+                adapters,
+                self.merged,
+                weights=[one.weight for one in self.spec.adapter],
+                dtype=spec.dtype,
+                shard_size=spec.shard_size,
+                memory=spec.memory,
+                proof="full",
+                template=self.spec.prompt.template,
+                force=True,
+                progress=self.progress,
+            )
+            return {f"merged/{name}": entry for name, entry in merged.section["files"].items()}
+
+        return self._stage("merge", request, work)
+
+    def _export(self, precision: str, target: str) -> StageOutcome:
+        request = {"precision": precision, "target": target, "merged": self._digests("merge")}
+        directory = bundle_directory(self.directory, precision, target)
+
+        def work() -> Mapping[str, Any]:
+            from exporter.exporting import export
+
+            bundle = export(
+                self.merged,
+                precision=[precision],
+                target=[target],
+                out=self.directory,
+                force=True,
+                progress=self.progress,
+            )[0]
+            return {f"{directory.name}/{name}": entry for name, entry in bundle.section["files"].items()}
+
+        return self._stage(f"export-{precision}-{target}", request, work)
+
+    def _verify(self, base: "Source", adapters: "Sequence[Source]", bundles: Sequence[Path]) -> StageOutcome:
+        spec = self.spec.verify
+        prompts = Path(spec.prompts) if spec.prompts else None
+        reference = spec.reference if spec.reference == "int8" else Path(spec.reference)
+        files = [path for path in (prompts, reference) if isinstance(path, Path) and path.is_file()]
+        request = {
+            "level": spec.level,
+            "reference": spec.reference,
+            "prompts": spec.prompts,
+            "files": [describe_file(path)["sha256"] for path in files],
+            "stages": {name: self._digests(name) for name in self._done_stages()},
+        }
+
+        def work() -> Mapping[str, Any]:
+            from exporter.parity.verify import verify
+
+            verification = verify(
+                base=base.directory,
+                adapter=[source.directory for source in adapters],
+                weight=[one.weight for one in self.spec.adapter],
+                bundle=list(dict.fromkeys(bundles)),
+                prompts=prompts,
+                reference=spec.reference,
+                level=spec.level,
+                report=self.directory / "parity",
+                progress=self.progress,
+            )
+            self.verdict = {"verdict": verification.verdict, "exit_code": verification.exit_code}
+            return {f"parity/{name}": describe_file(self.directory / "parity" / name) for name in PARITY_FILES}
+
+        return self._stage("verify", request, work)
+
+    def _stage(self, name: str, request: Mapping[str, Any], work: Callable[[], Mapping[str, Any]]) -> StageOutcome:
+        done = self._section(name)
+        if not self.force and done.get("request") == request and self._unchanged(done):
+            self.progress.note(f"{name}: done before, unchanged")
+            return StageOutcome(name, True, tuple(done["files"]))
+        files = work()
+        extra = self.verdict if name == "verify" else {}
+        write_stage(self.directory, name, {"request": dict(request), "files": dict(files), **extra})
+        return StageOutcome(name, False, tuple(files))
+
+    def _section(self, name: str) -> dict[str, Any]:
+        return (read_manifest(self.directory) or {"stages": {}})["stages"].get(name, {})
+
+    def _unchanged(self, section: Mapping[str, Any]) -> bool:
+        return all(file_is_unchanged(self.directory / name, entry) for name, entry in section["files"].items())
+
+    def _done_stages(self) -> list[str]:
+        exports = [f"export-{p}-{t}" for p in self.spec.export.precisions for t in self.spec.export.targets]
+        return ["merge", *exports]
+
+    def _digests(self, stage: str) -> dict[str, str]:
+        """What a stage wrote, by content: a stage that reads it is redone when, and only when, a byte differs."""
+        return {name: entry["sha256"] for name, entry in self._section(stage).get("files", {}).items()}
+
+
+def bundle_directory(directory: Path, precision: str, target: str) -> Path:
+    """merged/ serves both targets in native precision; other precisions have a directory for each target."""
+    if precision == NATIVE:
+        return directory / "merged"
+    return directory / (precision if target == "cpu" else f"{precision}-{target}")
+
+
+def _stamps(directory: Path) -> dict[str, Any]:
+    """Every file of a source by its stamp: a replaced file changes it, and no weight is read."""
+    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name not in (MANIFEST, LOCK))
+    return {path.name: {key: value for key, value in stamp(path).items() if key != "inode"} for path in files}

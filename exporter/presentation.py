@@ -1,0 +1,127 @@
+"""Results as text for people. `--json` prints the same facts in full."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from exporter.files import human_bytes
+
+if TYPE_CHECKING:
+    from exporter.diagnosis import Diagnosis
+    from exporter.graph.bundle import Bundle
+    from exporter.inspection import Inspection
+    from exporter.merging.merge import MergedCheckpoint
+    from exporter.parity.capture import Captured
+    from exporter.parity.result import Verification
+    from exporter.pipeline import RunResult
+
+
+@dataclass(frozen=True, slots=True)
+class Bundles:
+    """What one `export` made."""
+
+    bundles: "tuple[Bundle, ...]"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "bundles": [
+                {"directory": str(b.directory), "precision": b.precision, "target": b.target, "graph": str(b.graph)}
+                for b in self.bundles
+            ]
+        }
+
+
+def inspection(found: "Inspection") -> str:
+    lines = []
+    if found.base is not None:
+        lines.append(
+            f"base      {found.base.source}  {_size(found.base.nbytes, found.base.tensors)}  {found.base.licence}"
+        )
+        for part in found.adapters:
+            lines.append(f"adapter   {part.source}  {_size(part.nbytes, part.tensors)}  {part.licence}")
+        lines.append(f"model     {found.architecture}, {found.parameters / 1e6:,.1f} M parameters")
+        lines.append(f"changed   {len(found.changed)} matrices: {_group(found.changed)}")
+        lines.append(f"untouched {found.untouched} tensors, {len(found.dropped)} dropped")
+        lines.append(
+            f"output    {human_bytes(found.disk)} on disk in {found.shards} shard{'s' * (found.shards != 1)}, "
+            f"at most {human_bytes(found.memory)} of memory for tensors"
+        )
+        lines += [f"dropped   {name}: {reason}" for name, reason in list(found.dropped.items())[:4]]
+    lines += [f"problem   {problem}" for problem in found.problems]
+    return "\n".join(lines)
+
+
+def _size(nbytes: int, tensors: int) -> str:
+    return f"{human_bytes(nbytes)} in {tensors} tensors"
+
+
+def _group(changed: tuple[Mapping[str, Any], ...]) -> str:
+    kinds = sorted({(c["name"].split(".")[-2], tuple(c["rank"]), tuple(c["scale"]), c["orientation"]) for c in changed})
+    return "; ".join(
+        f"{module} (r={', '.join(map(str, ranks))}, scale {', '.join(f'{s:g}' for s in scales)}, {orientation})"
+        for module, ranks, scales, orientation in kinds
+    )
+
+
+def merged(result: "MergedCheckpoint") -> str:
+    if result.skipped:
+        return f"{result.directory}: this merge is there and unchanged, nothing to do"
+    tensors = result.section["tensors"]
+    ratios = [t["rounding_norm"] / t["delta_norm"] for t in tensors.values() if t.get("delta_norm")]
+    proof = f"{len(tensors)} tensors read again and proven" if result.section["proof"] else "not proven (--proof none)"
+    return (
+        f"{result.directory}: {len(ratios)} of {len(tensors)} tensors changed, {proof}\n"
+        f"rounding took {max(ratios, default=0):.2%} of a delta at most"
+    )
+
+
+def bundles(made: Bundles) -> str:
+    return "\n".join(f"{bundle.precision} for {bundle.target}: {bundle.graph}" for bundle in made.bundles)
+
+
+def verification(result: "Verification") -> str:
+    lines = [f"{bundle.directory}: {bundle.verdict}" for bundle in result.bundles]
+    for bundle in result.bundles:
+        for gate in bundle.gates:
+            if gate.outcome in ("FAIL", "INCONCLUSIVE"):
+                figure = "none" if gate.estimate is None else f"{gate.estimate:.3g}"
+                limit = "" if gate.limit is None else f", limit {gate.limit:.3g}"
+                lines.append(
+                    f"  {gate.outcome} {gate.gate}: {gate.pair} {gate.statistic} {figure}{limit} {gate.detail}".rstrip()
+                )
+        killed = sum(mutant.outcome == "killed" for mutant in bundle.mutants)
+        survived = [mutant.name for mutant in bundle.mutants if mutant.outcome == "survived"]
+        lines.append(f"  {killed} mutants killed" + (f", SURVIVED: {', '.join(survived)}" if survived else ""))
+    return "\n".join([*lines, result.verdict])
+
+
+def captured(result: "Captured") -> str:
+    return f"{result.path}: {result.documents} documents, {result.positions} positions, {human_bytes(result.nbytes)}"
+
+
+def run(result: "RunResult") -> str:
+    directory = result.directory
+    lines = []
+    if result.did_nothing:
+        lines.append("nothing to do: every stage was done before, and its files are unchanged")
+    lines += [f"{stage.name:22s} {'unchanged' if stage.skipped else 'done'}" for stage in result.stages]
+    graphs = sorted({name for stage in result.stages for name in stage.files if name.endswith(".onnx")})
+    weights = sorted(name for stage in result.stages for name in stage.files if name.startswith("merged/model"))
+    lines.append(
+        f"merged weights         {directory / 'merged'} ({sum(n.endswith('.safetensors') for n in weights)} file)"
+    )
+    lines += [f"ONNX                   {directory / name}" for name in graphs]
+    lines.append(f"report                 {directory / 'parity' / 'report.html'}")
+    lines.append(result.verdict)
+    return "\n".join(lines)
+
+
+def diagnosis(found: "Diagnosis") -> str:
+    lines = []
+    for check in found.checks:
+        mark = "ok  " if check.ok else "LACK" if check.needed_by else "note"
+        lines.append(f"{mark} {check.name}: {check.detail}")
+        if not check.ok:
+            needed = f"needed by {', '.join(check.needed_by)}. " if check.needed_by else ""
+            lines.append(f"     {needed}{check.todo}")
+    return "\n".join(lines)

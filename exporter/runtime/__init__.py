@@ -1,0 +1,1 @@
+"""Running bundles: `load.load` opens one, `runner.Runner` computes, `generate.generate` answers a prompt."""

@@ -1,0 +1,66 @@
+"""The key-value cache: one buffer per layer that the graph extends in place."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime as ort
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    layers: int
+    heads: int
+    head_size: int
+    dtype: type[np.float32] | type[np.float16]
+    device: str  # cpu or cuda
+
+    def row_bytes(self, capacity: int) -> int:
+        """Of one row in one buffer."""
+        return self.heads * capacity * self.head_size * np.dtype(self.dtype).itemsize
+
+    def nbytes(self, rows: int, capacity: int) -> int:
+        return 2 * self.layers * rows * self.row_bytes(capacity)
+
+
+class KeyValueCache:
+    """`lengths[b]` slots of row b are filled. Buffers are (rows, heads, capacity, head size); key and value per layer.
+
+    Slots start as zeros, so a masked slot never holds NaN.
+    """
+
+    def __init__(self, shape: CacheShape, rows: int, capacity: int) -> None:
+        self.shape, self.rows, self.capacity = shape, rows, capacity
+        self.lengths = np.zeros(rows, np.int64)
+        self._buffers = [self._allocate(capacity) for _ in range(2 * shape.layers)]
+
+    def _allocate(self, capacity: int) -> ort.OrtValue:
+        # From zeros, not from a shape alone: that memory would be whatever lay there.
+        dimensions = (self.rows, self.shape.heads, capacity, self.shape.head_size)
+        return ort.OrtValue.ortvalue_from_numpy(np.zeros(dimensions, self.shape.dtype), self.shape.device, 0)
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` slots a row, keeping what is filled; at least doubles when it grows."""
+        if capacity <= self.capacity:
+            return
+        capacity = max(capacity, 2 * self.capacity)
+        filled = int(self.lengths.max(initial=0))
+        for i, old in enumerate(self._buffers):
+            values = np.zeros((self.rows, self.shape.heads, capacity, self.shape.head_size), self.shape.dtype)
+            values[:, :, :filled] = old.numpy()[:, :, :filled]
+            self._buffers[i] = ort.OrtValue.ortvalue_from_numpy(values, self.shape.device, 0)
+        self.capacity = capacity
+
+    def bind(self, binding: ort.IOBinding, first: int, count: int) -> None:
+        """Rows `first` to `first + count` as past and, in the same memory, as present."""
+        dimensions = (count, self.shape.heads, self.capacity, self.shape.head_size)
+        skip = first * self.shape.row_bytes(self.capacity)
+        for past, present, buffer in self._names():
+            address = buffer.data_ptr() + skip
+            binding.bind_input(past, self.shape.device, 0, self.shape.dtype, dimensions, address)
+            binding.bind_output(present, self.shape.device, 0, self.shape.dtype, dimensions, address)
+
+    def _names(self) -> Iterator[tuple[str, str, ort.OrtValue]]:
+        for i, buffer in enumerate(self._buffers):
+            which = f"{i // 2}.{('key', 'value')[i % 2]}"
+            yield f"past_key_values.{which}", f"present.{which}", buffer

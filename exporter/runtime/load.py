@@ -1,0 +1,130 @@
+"""From a directory to a Runner: the right bundle, unchanged since its export, and room for it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from exporter.errors import EnvironmentLacking, InputRefused, UsageError
+from exporter.files import human_bytes
+from exporter.graph.bundle import GRAPHS, Bundle, bundles_in
+from exporter.graph.genai_config import stop_tokens
+from exporter.graph.gpt2_config import read_gpt2_config
+from exporter.manifest import file_is_unchanged
+from exporter.runtime.copying_runner import CopyingRunner, require_known_interface
+from exporter.runtime.memory import free_memory, needed_memory
+from exporter.runtime.runner import Runner
+from exporter.runtime.session import cuda_is_usable, open_session, provider_name, require_provider
+from exporter.sources.checkpoint import read_json
+
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+# Nearest to the merged checkpoint first.
+BEST = ("native", "fp32", "fp16", "int8", "int4")
+
+
+def load(
+    bundle: Path | str | Bundle, *, target: str | None = None, provider: str | None = None, threads: int | None = None
+) -> Runner:
+    """Open a bundle's directory, or the best bundle that fits in a directory of bundles (`artifacts/<name>`).
+
+    `provider` (cpu, cuda, or onnxruntime's name of either) defaults to the target's own; without `target`, cuda where
+    a device is usable.
+    Raises UsageError, InputRefused (no bundle, files changed since the export), EnvironmentLacking (provider, memory).
+    """
+    if target is not None and target not in GRAPHS:
+        raise UsageError(f"target {target!r}", expected="one of " + ", ".join(GRAPHS))
+    if provider is not None:
+        provider = provider_name(provider)
+        require_provider(provider)
+    chosen = bundle if isinstance(bundle, Bundle) else choose_bundle(Path(bundle), target, provider)
+    provider = provider or chosen.target
+    require_memory(chosen, provider)
+    check_unchanged(chosen)
+    config = read_json(chosen.directory / "config.json")
+    n_positions, vocab_size = _sizes(chosen, config)
+    session = open_session(chosen.graph, provider, threads)
+    if chosen.precision == "optimum":
+        require_known_interface(session)
+    runner = CopyingRunner if chosen.precision == "optimum" else Runner
+    return runner(
+        session,
+        chosen,
+        provider=provider,
+        n_positions=n_positions,
+        vocab_size=vocab_size,
+        stop_tokens=stop_tokens(chosen.directory, config),
+    )
+
+
+def _sizes(bundle: Bundle, config: dict[str, Any]) -> tuple[int, int]:
+    """Positions and vocabulary."""
+    if bundle.precision != "optimum":
+        gpt2 = read_gpt2_config(config)
+        return gpt2.n_positions, gpt2.vocab_size
+    positions = next((config[key] for key in POSITIONS if isinstance(config.get(key), int)), None)
+    vocabulary = config.get("vocab_size")
+    if positions is None or not isinstance(vocabulary, int):
+        raise InputRefused(
+            f"config.json in {bundle.directory} does not say how many positions and tokens there are",
+            expected=f"{' or '.join(POSITIONS)}, and vocab_size",
+        )
+    return positions, vocabulary
+
+
+def choose_bundle(directory: Path, target: str | None, provider: str | None) -> Bundle:
+    """The one bundle asked for, or of several in subdirectories the best that fits into memory."""
+    found = bundles_in(directory)
+    beneath = [] if found else list(_bundles_beneath(directory))
+    targets = [target] if target else [provider] if provider else ["cuda", "cpu"] if cuda_is_usable() else ["cpu"]
+    fitting = [one for one in found or beneath if one.target in targets]
+    if not fitting:
+        other = " for " + " or ".join(sorted({one.target for one in found or beneath})) if found or beneath else ""
+        raise InputRefused(
+            f"{directory} holds {'graphs' + other if other else 'no exported graph'}",
+            expected=f"a graph for {' or '.join(targets)}",
+            todo=f"run: exporter export {directory} --target {targets[-1]}",
+        )
+    fitting.sort(key=_preference)
+    if not found:
+        fitting = [one for one in fitting if needed_memory(one) <= free_memory(provider or one.target)] or fitting[-1:]
+    return fitting[0]
+
+
+def _preference(bundle: Bundle) -> tuple[bool, int]:
+    return bundle.target != "cuda", BEST.index(bundle.precision) if bundle.precision in BEST else len(BEST)
+
+
+def _bundles_beneath(directory: Path) -> Iterator[Bundle]:
+    if directory.is_dir():
+        for child in sorted(directory.iterdir()):
+            if child.is_dir() and not child.name.startswith("."):
+                yield from bundles_in(child)
+
+
+def require_memory(bundle: Bundle, provider: str) -> None:
+    """EnvironmentLacking, naming a bundle beside this one that fits, when the weights would not fit into memory."""
+    needed, free = needed_memory(bundle), free_memory(provider)
+    if needed <= free:
+        return
+    others = [one for one in _bundles_beneath(bundle.directory.parent) if one.target == bundle.target]
+    smaller = [one for one in sorted(others, key=_preference) if needed_memory(one) <= free]
+    remedy = f"use {smaller[0].directory}, which fits" if smaller else "free memory, or export --precision int8 or int4"
+    raise EnvironmentLacking(
+        f"{bundle.graph} needs about {human_bytes(needed)} of memory on {provider}, and {human_bytes(free)} are free",
+        expected="a model that fits",
+        todo=remedy,
+    )
+
+
+def check_unchanged(bundle: Bundle) -> None:
+    """InputRefused unless graph and weights are those of the export: by stamp, re-hashed where the stamp differs."""
+    section = bundle.section
+    files = section.get("files")
+    names = [section.get("graph"), *(section.get("weights") or [])]
+    for name in names:
+        entry = files.get(name) if isinstance(files, dict) else None
+        if not isinstance(entry, dict) or not file_is_unchanged(bundle.directory / str(name), entry):
+            raise InputRefused(
+                f"{bundle.directory / str(name)} is not the file that was exported",
+                expected="the size and hash that exporter.json lists",
+                todo="export again, or restore the file",
+            )

@@ -1,0 +1,69 @@
+"""Opening an ONNX Runtime session on the provider that a graph was built for."""
+
+from pathlib import Path
+
+import onnxruntime as ort
+import torch
+
+from exporter.errors import EnvironmentLacking, InputRefused, UsageError
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+FATAL_ONLY = 4  # failures come as exceptions; their log lines would only double them
+
+
+def cuda_is_usable() -> bool:
+    """A build with CUDA is installed and a device answers."""
+    return PROVIDERS["cuda"] in ort.get_available_providers() and torch.cuda.is_available()
+
+
+def provider_name(name: str) -> str:
+    """cpu or cuda, from either or from onnxruntime's own name; UsageError for another."""
+    short = {long: short for short, long in PROVIDERS.items()}
+    if short.get(name, name) not in PROVIDERS:
+        raise UsageError(f"provider {name!r}", expected="one of " + ", ".join([*PROVIDERS, *PROVIDERS.values()]))
+    return short.get(name, name)
+
+
+def require_provider(provider: str) -> None:
+    """EnvironmentLacking when `provider` (cpu or cuda) cannot be used here."""
+    if PROVIDERS[provider] not in ort.get_available_providers():
+        raise EnvironmentLacking(
+            f"onnxruntime {ort.__version__} was built without {PROVIDERS[provider]}",
+            todo="install onnxruntime-gpu (and uninstall onnxruntime: both cannot live in one environment)",
+        )
+    if provider == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentLacking(
+            f"{PROVIDERS[provider]} finds no CUDA device",
+            expected="a device with its driver",
+            todo="use --provider cpu",
+        )
+
+
+def open_session(graph: Path, provider: str, threads: int | None) -> ort.InferenceSession:
+    """A session on exactly `provider`. EnvironmentLacking if it falls back, InputRefused if the graph is not valid."""
+    require_provider(provider)
+    options = ort.SessionOptions()
+    options.log_severity_level = FATAL_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if provider == "cuda":
+        ort.preload_dlls()
+    providers = list(dict.fromkeys([PROVIDERS[provider], PROVIDERS["cpu"]]))
+    try:
+        session = ort.InferenceSession(graph, options, providers=providers)
+    except Exception as error:  # onnxruntime's own exceptions have no common base
+        if "bad_alloc" in str(error) or "Failed to allocate memory" in str(error):
+            raise EnvironmentLacking(
+                f"not enough memory to open {graph}", todo="free memory, or open a smaller bundle"
+            ) from error
+        raise InputRefused(
+            f"ONNX Runtime cannot open {graph}: {str(error).splitlines()[0][:300]}",
+            expected="a graph and weights as exporter wrote them",
+            todo="export again",
+        ) from error
+    if session.get_providers()[0] != PROVIDERS[provider]:
+        raise EnvironmentLacking(
+            f"{PROVIDERS[provider]} did not start; onnxruntime fell back to {session.get_providers()[0]}",
+            todo="check the CUDA libraries with exporter doctor, or use --provider cpu",
+        )
+    return session

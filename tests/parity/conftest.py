@@ -1,0 +1,96 @@
+"""A small pair with its merged checkpoint and bundles, made once: GPT-2 architecture, a tokenizer of its own."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from exporter.graph import export
+from exporter.merging.merge import merge
+
+PROMPTS = Path(__file__).parents[2] / "exporter" / "parity" / "prompts" / "alpaca.jsonl"
+VOCABULARY = 480
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    base: Path
+    adapter: Path
+    merged: Path
+    int8: Path
+    int4: Path
+    prompts: Path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_tokenizer(directory: Path) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    rows = [json.loads(line) for line in PROMPTS.read_text().splitlines()]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([row["instruction"] + "\n" + row["output"] for row in rows], trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_base(directory: Path, *, layers: int = 3, seed: int = 0) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        n_embd=64,
+        n_layer=layers,
+        n_head=4,
+        n_inner=256,
+        n_positions=256,
+        vocab_size=VOCABULARY,
+        activation_function="gelu",
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.12,
+    )
+    model = GPT2LMHeadModel(config).half()
+    model.save_pretrained(directory)
+    write_tokenizer(directory)
+    return model
+
+
+def write_adapter(directory: Path, model: GPT2LMHeadModel, *, r: int = 4, std: float = 0.03, seed: int = 1) -> None:
+    torch.manual_seed(seed)
+    lora = LoraConfig(r=r, lora_alpha=16, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
+    peft = get_peft_model(model.float(), lora)
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
+    peft.save_pretrained(str(directory))
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    root = tmp_path_factory.mktemp("pair")
+    model = write_base(root / "base")
+    write_adapter(root / "adapter", model)
+    merge(base=root / "base", adapter=root / "adapter", out=root / "out" / "merged", template="alpaca")
+    bundles = export(root / "out" / "merged", precisions=("native", "int8", "int4"))
+    prompts = root / "prompts.jsonl"
+    prompts.write_text("".join(line + "\n" for line in PROMPTS.read_text().splitlines()[:28]))
+    native, int8, int4 = (bundle.directory for bundle in bundles)
+    return Made(root / "base", root / "adapter", native, int8, int4, prompts)

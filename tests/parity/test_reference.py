@@ -1,0 +1,101 @@
+"""The captured reference: what it keeps is enough, and another model's or other tokens' file is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from exporter.errors import InputRefused
+from exporter.parity.documents import Document
+from exporter.parity.reference import (
+    CapturedReference,
+    LiveReference,
+    capture_store,
+    check_capture,
+    read_capture,
+)
+from exporter.parity.scoring import LogitStore
+from exporter.parity.statistics import score
+
+V = 2000
+FACTS = {"tokens_sha256": "t", "base_files": {"m": "1"}, "adapter_files": {"a": "2"}}
+
+
+class Fixed:
+    def __init__(self, seed: int, noise: float = 0.0) -> None:
+        self.seed, self.noise = seed, noise
+
+    def logits(self, token_ids, /) -> np.ndarray:
+        rng = np.random.default_rng(len(token_ids))
+        logits = rng.normal(-60, 3, (len(token_ids), V))
+        return (logits + self.noise * np.random.default_rng(self.seed).normal(0, 1, logits.shape)).astype(np.float32)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LogitStore:
+    rng = np.random.default_rng(2)
+    documents = [
+        Document(i, tuple(rng.integers(0, V, length)), np.array([0] * 5 + [2] * (length - 5), np.uint8))
+        for i, length in enumerate((30, 17, 44))
+    ]
+    store = LogitStore(tmp_path, documents, V)
+    store.score("R", Fixed(0, 0.1))
+    store.score("O", Fixed(1, 0.05))
+    return store
+
+
+def captured(store: LogitStore, path: Path) -> CapturedReference:
+    capture_store(store, path, environment={"device": "cpu"}, **FACTS)
+    return CapturedReference(read_capture(path), store.documents)
+
+
+def test_a_capture_measures_what_the_live_reference_measures(store: LogitStore, tmp_path: Path) -> None:
+    live, file = LiveReference(store, {}), captured(store, tmp_path / "r.safetensors")
+    for document in store.documents:
+        for rows in (slice(0, 9), slice(9, len(document.positions))):
+            targets = document.targets[rows]
+            other = score(store.read("O", document, rows), targets)
+            for name in ("from_reference", "to_reference"):
+                full = getattr(live, name)(document, rows, other, targets)
+                coarse = getattr(file, name)(document, rows, other, targets)
+                # coarsening can only lose: the data-processing inequality
+                assert (coarse.kl <= full.kl + 1e-9).all()
+                np.testing.assert_allclose(coarse.kl, full.kl, rtol=0.02)
+                np.testing.assert_array_equal(coarse.same_top, full.same_top)
+
+
+def test_a_capture_keeps_the_smallest_sets_that_cover(store: LogitStore, tmp_path: Path) -> None:
+    captured(store, tmp_path / "r.safetensors")
+    capture = read_capture(tmp_path / "r.safetensors")
+    assert len(capture.counts) == store.rows
+    first = score(store.read("R", store.documents[0]), store.documents[0].targets).p[0]
+    ordered = np.sort(first)[::-1]
+    count = int(capture.counts[0])
+    assert ordered[:count].sum() >= 0.999 > ordered[: count - 1].sum()
+    assert np.exp(capture.tail[0]) == pytest.approx(ordered[count:].sum(), rel=1e-3)
+
+
+def test_a_nan_of_the_other_side_stays_marked(store: LogitStore, tmp_path: Path) -> None:
+    file, document = captured(store, tmp_path / "r.safetensors"), store.documents[1]
+    logits = store.read("O", document)
+    logits[2, 11] = np.nan
+    pair = file.from_reference(document, slice(None), score(logits, document.targets), document.targets)
+    assert np.flatnonzero(~pair.finite).tolist() == [2]
+
+
+@pytest.mark.parametrize(("key", "said"), [("tokens_sha256", "other tokens"), ("base_files", "another base")])
+def test_another_runs_file_is_refused(store: LogitStore, tmp_path: Path, key: str, said: str) -> None:
+    captured(store, tmp_path / "r.safetensors")
+    capture = read_capture(tmp_path / "r.safetensors")
+    check_capture(capture, **FACTS)
+    with pytest.raises(InputRefused, match=said):
+        check_capture(capture, **(FACTS | {key: "x" if key == "tokens_sha256" else {"m": "9"}}))
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
+def test_a_file_that_is_no_capture_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "r").write_bytes(content)
+    with pytest.raises(InputRefused, match="not a reference"):
+        read_capture(tmp_path / "r")
+    with pytest.raises(InputRefused, match="no reference file"):
+        read_capture(tmp_path / "none")

@@ -1,0 +1,96 @@
+"""Loading: the right bundle, unchanged, on the provider asked for, and only if it fits into memory."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from exporter.errors import EnvironmentLacking, InputRefused
+from exporter.graph import export, open_bundle
+from exporter.runtime.load import load
+from exporter.runtime.memory import needed_memory
+from exporter.runtime.session import cuda_is_usable
+from tests.graph.conftest import tiny_model, tokens
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("run")
+    tiny_model(root / "merged", torch.float16)
+    export(root / "merged", precisions=["native", "int8", "int4"])
+    (root / "parity").mkdir()
+    return root
+
+
+@pytest.fixture
+def artifacts(exported: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(exported, tmp_path / "run")
+
+
+def test_of_several_bundles_the_nearest_to_the_checkpoint_that_fits(
+    artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if cuda_is_usable():
+        pytest.skip("prefers a cuda bundle here")
+    assert load(artifacts).bundle.precision == "native"
+    needed = {name: needed_memory(open_bundle(artifacts / name)) for name in ("merged", "int8", "int4")}
+    assert needed["merged"] > needed["int8"] > needed["int4"]
+    monkeypatch.setattr("exporter.runtime.load.free_memory", lambda provider: needed["int8"])
+    assert load(artifacts).bundle.precision == "int8"
+
+
+def test_too_little_memory_is_said_before_opening_and_names_a_bundle_that_fits(
+    artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits = needed_memory(open_bundle(artifacts / "int4"))
+    monkeypatch.setattr("exporter.runtime.load.free_memory", lambda provider: fits)
+    with pytest.raises(EnvironmentLacking, match=r"use .*int4, which fits"):
+        load(artifacts / "merged")
+    monkeypatch.setattr("exporter.runtime.load.free_memory", lambda provider: 1000)
+    with pytest.raises(EnvironmentLacking, match="free memory"):
+        load(artifacts / "merged")
+
+
+@pytest.mark.parametrize("name", ["merged/model.safetensors", "int4/weights.safetensors", "int4/model.onnx"])
+def test_a_changed_file_is_refused(artifacts: Path, name: str) -> None:
+    path = artifacts / name
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputRefused, match=f"{path.name} is not the file that was exported"):
+        load(path.parent)
+
+
+def test_a_copy_is_the_same_bundle(artifacts: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(artifacts / "int8", tmp_path / "elsewhere")
+    assert (
+        load(copy, threads=1).logits(tokens(5)).tolist()
+        == load(artifacts / "int8", threads=1).logits(tokens(5)).tolist()
+    )
+
+
+def test_a_directory_without_a_graph_says_what_to_run(tmp_path: Path) -> None:
+    tiny_model(tmp_path)
+    for directory in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(InputRefused, match="exporter export"):
+            load(directory)
+
+
+def test_a_target_that_was_not_exported_is_refused(artifacts: Path) -> None:
+    with pytest.raises(InputRefused, match="--target cuda"):
+        load(artifacts / "int4", target="cuda")
+
+
+def test_a_provider_that_is_missing_is_named(artifacts: Path) -> None:
+    if cuda_is_usable():
+        pytest.skip("a CUDA device is here")
+    with pytest.raises(EnvironmentLacking, match="CUDAExecutionProvider"):
+        load(artifacts / "merged", provider="cuda")
+
+
+def test_a_graph_from_a_hostile_manifest_is_not_opened(artifacts: Path) -> None:
+    manifest = artifacts / "int4" / "exporter.json"
+    manifest.write_text(manifest.read_text().replace('"graph": "model.onnx"', '"graph": "../int8/model.onnx"'))
+    with pytest.raises(InputRefused, match=r"\.\./int8"):
+        load(artifacts / "int4")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from exporter.demonstration import demo as demo
     from exporter.diagnosis import doctor as doctor
-    from exporter.exporting import export as export
+    from exporter.graph.export import export as export
     from exporter.inspection import inspect as inspect
     from exporter.merging.merge import merge as merge
     from exporter.parity.capture import capture as capture
@@ -24,7 +24,7 @@ FUNCTIONS = {
     "capture": "exporter.parity.capture",
     "demo": "exporter.demonstration",
     "doctor": "exporter.diagnosis",
-    "export": "exporter.exporting",
+    "export": "exporter.graph.export",
     "generate": "exporter.runtime.generate",
     "inspect": "exporter.inspection",
     "load": "exporter.runtime.load",

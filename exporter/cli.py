@@ -225,13 +225,15 @@ def verify(
     _finish(result, json, presentation.verification)
 
 
-@app.command(epilog="`exporter capture --base B --adapter A --out reference.npz`")
+@app.command(epilog="`exporter capture --base B --adapter A --out reference.safetensors`")
 def capture(
     base: BaseOption,
     adapter: AdapterOption,
     out: Annotated[Path, typer.Option(help="The file to write.")],
+    weight: WeightOption = None,
     prompts: Annotated[Path | None, typer.Option(help="JSON lines; default: the packaged set.")] = None,
     level: Level = Level.commit,
+    template: Annotated[str | None, typer.Option(help="A chat template's name (`alpaca`) or text.")] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -239,7 +241,14 @@ def capture(
     """Record what the 8-bit PEFT model says, for a machine that cannot run it."""
     progress = _start(quiet, verbose)
     result = exporter.capture(
-        base=base, adapter=adapter, out=out, prompts=prompts, level=level.value, progress=progress
+        base=base,
+        adapter=adapter,
+        out=out,
+        weight=weight or (),
+        prompts=prompts,
+        level=level.value,
+        template=template,
+        progress=progress,
     )
     _finish(result, json, presentation.captured)
 

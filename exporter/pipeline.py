@@ -209,7 +209,7 @@ class _Run:
         directory = bundle_directory(self.directory, precision, target)
 
         def work() -> Mapping[str, Any]:
-            from exporter.exporting import export
+            from exporter.graph.export import export
 
             bundle = export(
                 self.merged,

@@ -1,8 +1,7 @@
 """How long work tells that it is alive. The command line chooses what is shown; functions only report."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 
 class Task(Protocol):
@@ -21,10 +20,7 @@ class Progress(Protocol):
         ...
 
 
-class TaskContext(Protocol):
-    def __enter__(self) -> Task: ...
-
-    def __exit__(self, *exc: Any) -> bool | None: ...
+TaskContext = AbstractContextManager[Task, bool | None]
 
 
 class _Nothing:
@@ -35,9 +31,8 @@ class _Nothing:
 class Silent:
     """Reports nowhere: the default of every function."""
 
-    @contextmanager
-    def task(self, title: str, total: float, unit: str = "") -> Iterator[Task]:
-        yield _Nothing()
+    def task(self, title: str, total: float, unit: str = "") -> "TaskContext":
+        return nullcontext(_Nothing())
 
     def note(self, message: str) -> None:
         pass

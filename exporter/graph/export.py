@@ -41,22 +41,22 @@ COMPANIONS = (
 def export(
     checkpoint: Path | str,
     *,
-    precisions: Sequence[str] = ("native",),
-    targets: Sequence[str] = ("cpu",),
+    precision: Sequence[str] = ("native",),
+    target: Sequence[str] = ("cpu",),
     builder: str = "native",
     out: Path | str | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> list[Bundle]:
-    """Write one bundle per precision and target.
+    """Write one bundle for each precision and target.
 
     native points into the checkpoint's own safetensors and lies in its directory; the others stand alone in
     `<out or the checkpoint's parent>/<precision>[-cuda]/`. Raises UsageError (unknown name, foreign output without
     `force`), InputRefused (a checkpoint that cannot be honoured), EnvironmentLacking (disk, optimum).
     """
     checkpoint, out = Path(checkpoint), None if out is None else Path(out)
-    _check_names("precision", precisions, PRECISIONS)
-    _check_names("target", targets, tuple(GRAPHS))
+    _check_names("precision", precision, PRECISIONS)
+    _check_names("target", target, tuple(GRAPHS))
     _check_names("builder", [builder], BUILDERS)
     opened = open_checkpoint(checkpoint)
     if builder == "optimum":
@@ -65,9 +65,9 @@ def export(
         return [export_with_optimum(opened, out or checkpoint.parent, force=force, progress=progress)]
     _check_architecture(opened)
     return [
-        _export_one(opened, precision, target, out, force=force, progress=progress)
-        for precision in dict.fromkeys(precisions)
-        for target in dict.fromkeys(targets)
+        _export_one(opened, one_precision, one_target, out, force=force, progress=progress)
+        for one_precision in dict.fromkeys(precision)
+        for one_target in dict.fromkeys(target)
     ]
 
 

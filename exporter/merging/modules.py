@@ -68,9 +68,8 @@ def _empty_model(directory: Path, config: Mapping[str, Any]) -> transformers.Pre
     try:
         parsed = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         found = getattr(transformers, names[0], None) if names else None
-        known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
         with torch.device("meta"), _quiet():
-            if known:
+            if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
                 return found(parsed)
             return transformers.AutoModelForCausalLM.from_config(parsed, trust_remote_code=False)
     except (

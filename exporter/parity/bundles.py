@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 
 from exporter.errors import InputRefused
 from exporter.files import sha256_file
-from exporter.graph.weights import Quantized, Weight, dequantize, open_weights
+from exporter.graph.weights import Quantized, Weight, dequantize, open_weights, unpack
 from exporter.manifest import read_manifest
 from exporter.progress import SILENT, Progress
 from exporter.sources.tensors import FLOATS, TensorInfo, read_tensor
@@ -192,8 +191,9 @@ def _target(model: onnx.ModelProto) -> str:
     return "cuda" if halves else "cpu"
 
 
-def quantization_steps(weight: Quantized) -> torch.Tensor:
-    """The step of every element, float32, in the checkpoint's orientation."""
-    scales = read_tensor(weight.scales).float()
-    steps = torch.from_numpy(np.repeat(scales.numpy(), weight.block, axis=1))
-    return steps.T if weight.transposed else steps
+def quantization_steps(weight: Quantized) -> tuple[torch.Tensor, torch.Tensor]:
+    """(step, clipped) of every element in the checkpoint's orientation: float32, and whether its code is an end."""
+    steps = read_tensor(weight.scales).float().repeat_interleave(weight.block, dim=1)
+    codes = unpack(read_tensor(weight.codes), weight.bits).reshape(steps.shape)
+    clipped = (codes == 0) | (codes == (1 << weight.bits) - 1)
+    return (steps.T, clipped.T) if weight.transposed else (steps, clipped)

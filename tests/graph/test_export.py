@@ -24,7 +24,7 @@ def test_native_adds_a_graph_and_no_weight(tmp_path: Path) -> None:
     tiny_model(tmp_path, torch.float16)
     weights = (tmp_path / "model.safetensors").read_bytes()
     before = size_of(tmp_path)
-    bundles = export(tmp_path, targets=["cpu", "cuda"])
+    bundles = export(tmp_path, target=["cpu", "cuda"])
     assert [bundle.graph.name for bundle in bundles] == ["model.onnx", "model_cuda.onnx"]
     assert size_of(tmp_path) - before < 80_000
     assert (tmp_path / "model.safetensors").read_bytes() == weights
@@ -84,7 +84,7 @@ def test_exporting_again_gives_the_same_bytes(tmp_path: Path) -> None:
     tiny_model(tmp_path / "merged")
 
     def written() -> list[bytes]:
-        bundles = export(tmp_path / "merged", precisions=["native", "int4"])
+        bundles = export(tmp_path / "merged", precision=["native", "int4"])
         return [bundle.graph.read_bytes() for bundle in bundles] + [(tmp_path / "int4" / WEIGHTS).read_bytes()]
 
     assert written() == written()
@@ -103,7 +103,7 @@ def test_another_precision_stands_alone_beside_the_checkpoint(tmp_path: Path, pr
     tiny_model(source)
     save_byte_tokenizer(source)
     (source / "chat_template.jinja").write_text("{{ messages[0]['content'] }}\r\n")
-    bundle = export(source, precisions=[precision])[0]
+    bundle = export(source, precision=[precision])[0]
     assert bundle.directory == tmp_path / precision
     for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (bundle.directory / name).read_bytes() == (source / name).read_bytes()
@@ -159,7 +159,7 @@ def test_what_cannot_be_honoured_is_refused_by_name_and_leaves_nothing(tmp_path:
 def test_upcast_attention_is_refused_in_float16(tmp_path: Path) -> None:
     tiny_model(tmp_path, reorder_and_upcast_attn=True)
     with pytest.raises(InputRefused, match="reorder_and_upcast_attn"):
-        export(tmp_path, targets=["cuda"])
+        export(tmp_path, target=["cuda"])
 
 
 def test_float16_overflow_names_the_tensor_and_leaves_nothing(tmp_path: Path) -> None:
@@ -168,14 +168,14 @@ def test_float16_overflow_names_the_tensor_and_leaves_nothing(tmp_path: Path) ->
     tensors["transformer.h.1.mlp.c_fc.weight"][3, 5] = 70000.0
     save_file(tensors, tmp_path / "merged" / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputRefused, match=r"h\.1\.mlp\.c_fc\.weight.*overflows"):
-        export(tmp_path / "merged", precisions=["fp16"])
+        export(tmp_path / "merged", precision=["fp16"])
     assert not (tmp_path / "fp16").exists()
 
 
 def test_a_width_that_blocks_do_not_divide_is_refused(tmp_path: Path) -> None:
     tiny_model(tmp_path / "merged", n_embd=48, n_head=2)
     with pytest.raises(InputRefused, match="48 inputs"):
-        export(tmp_path / "merged", precisions=["int8"])
+        export(tmp_path / "merged", precision=["int8"])
 
 
 def test_foreign_files_are_not_overwritten_without_force(tmp_path: Path) -> None:
@@ -185,16 +185,16 @@ def test_foreign_files_are_not_overwritten_without_force(tmp_path: Path) -> None
     (tmp_path / "int8" / "thesis.txt").write_text("mine")
     for precision in ("native", "int8"):
         with pytest.raises(UsageError, match="--force"):
-            export(tmp_path / "merged", precisions=[precision])
+            export(tmp_path / "merged", precision=[precision])
     assert (tmp_path / "merged" / "model.onnx").read_text() == "mine"
-    export(tmp_path / "merged", precisions=["native", "int8"], force=True)
+    export(tmp_path / "merged", precision=["native", "int8"], force=True)
 
 
 def test_names_are_checked_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="int3"):
-        export(tmp_path, precisions=["int3"])
+        export(tmp_path, precision=["int3"])
     with pytest.raises(UsageError, match="tpu"):
-        export(tmp_path, targets=["tpu"])
+        export(tmp_path, target=["tpu"])
 
 
 def test_a_full_disk_is_seen_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,12 +205,12 @@ def test_a_full_disk_is_seen_before_writing(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("exporter.files.shutil.disk_usage", full)
     with pytest.raises(EnvironmentLacking, match="int4"):
-        export(tmp_path / "merged", precisions=["int4"])
+        export(tmp_path / "merged", precision=["int4"])
     assert not (tmp_path / "int4").exists()
 
 
 def test_large_tensors_of_a_bundle_are_aligned(tmp_path: Path, tiny: TinyModel) -> None:
-    bundle = export(tiny.directory, precisions=["int4"], out=tmp_path)[0]
+    bundle = export(tiny.directory, precision=["int4"], out=tmp_path)[0]
     initializers = onnx.load(bundle.graph, load_external_data=False).graph.initializer
     places = [{e.key: int(e.value) for e in one.external_data if e.key != "location"} for one in initializers]
     whole = [place for place in places if place and place["length"] % 4096 == 0]
@@ -221,16 +221,16 @@ def test_large_tensors_of_a_bundle_are_aligned(tmp_path: Path, tiny: TinyModel) 
 def test_an_export_that_was_killed_before_its_manifest_can_be_run_again(tmp_path: Path) -> None:
     tiny_model(tmp_path / "merged")
     for precision in ("native", "int8"):
-        bundle = export(tmp_path / "merged", precisions=[precision])[0]
+        bundle = export(tmp_path / "merged", precision=[precision])[0]
         (bundle.directory / "exporter.json").unlink()
-        assert export(tmp_path / "merged", precisions=[precision]) == [bundle]
+        assert export(tmp_path / "merged", precision=[precision]) == [bundle]
 
 
 @pytest.mark.parametrize("targets", [["cpu", "cuda"], ["cuda", "cpu"]])
 def test_two_targets_share_genai_config_and_every_listed_hash_holds(tmp_path: Path, targets: list[str]) -> None:
     tiny_model(tmp_path)
     for target in targets:
-        export(tmp_path, targets=[target])
+        export(tmp_path, target=[target])
     content = json.loads((tmp_path / "genai_config.json").read_bytes())
     assert content["model"]["decoder"]["filename"] == "model.onnx"
     assert len(bundles_in(tmp_path)) == 2

@@ -41,7 +41,7 @@ def test_the_graph_computes_with_exactly_the_dequantized_weights(
 ) -> None:
     monkeypatch.setitem(ACCURACY_LEVEL, "cpu", 1)  # float activations
     model = tiny_model(tmp_path / "merged", **options)
-    bundle = export(tmp_path / "merged", precisions=[precision])[0]
+    bundle = export(tmp_path / "merged", precision=[precision])[0]
     expected = logits(carrying(bundle, model.model.config))
     np.testing.assert_allclose(load(bundle, threads=1).logits(IDS), expected, atol=1e-4, rtol=0)
     assert np.abs(expected - model.logits(IDS)).max() > 1e-3  # else quantization did nothing
@@ -49,7 +49,7 @@ def test_the_graph_computes_with_exactly_the_dequantized_weights(
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_int8_activations_stay_near(tmp_path: Path, tiny: TinyModel, precision: str) -> None:
-    bundle = export(tiny.directory, precisions=[precision], out=tmp_path)[0]
+    bundle = export(tiny.directory, precision=[precision], out=tmp_path)[0]
     assert bundle.section["accuracy_level"] == 4
     expected = logits(carrying(bundle, tiny.model.config))
     error = load(bundle, threads=1).logits(IDS) - expected
@@ -57,7 +57,7 @@ def test_int8_activations_stay_near(tmp_path: Path, tiny: TinyModel, precision: 
 
 
 def test_4_bits_keep_embedding_and_head_at_8(tmp_path: Path, tiny: TinyModel) -> None:
-    weights = bundle_weights(export(tiny.directory, precisions=["int4"], out=tmp_path)[0])
+    weights = bundle_weights(export(tiny.directory, precision=["int4"], out=tmp_path)[0])
     bits = {name: weight.bits for name, weight in weights.items() if isinstance(weight, Quantized)}
     assert bits.pop("transformer.wte.weight") == 8
     assert set(bits.values()) == {4}
@@ -67,16 +67,16 @@ def test_4_bits_keep_embedding_and_head_at_8(tmp_path: Path, tiny: TinyModel) ->
 def test_the_size_of_the_row_blocks_changes_no_byte(
     tmp_path: Path, tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = export(tiny.directory, precisions=["int4"], out=tmp_path / "whole")[0]
+    whole = export(tiny.directory, precision=["int4"], out=tmp_path / "whole")[0]
     monkeypatch.setattr("exporter.graph.quantized_file.ELEMENTS", 1000)
-    blocks = export(tiny.directory, precisions=["int4"], out=tmp_path / "blocks")[0]
+    blocks = export(tiny.directory, precision=["int4"], out=tmp_path / "blocks")[0]
     assert (whole.directory / WEIGHTS).read_bytes() == (blocks.directory / WEIGHTS).read_bytes()
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("int8", 0.006), ("int4", 0.085)])
 def test_every_weight_is_near_the_checkpoints(tmp_path: Path, tiny: TinyModel, precision: str, bound: float) -> None:
     state = tiny.model.state_dict()
-    found = dict(dequantized_weights(export(tiny.directory, precisions=[precision], out=tmp_path)[0]))
+    found = dict(dequantized_weights(export(tiny.directory, precision=[precision], out=tmp_path)[0]))
     assert found.keys() == state.keys() - {"lm_head.weight"}
     for name, value in found.items():
         error = float((value - state[name]).norm() / state[name].norm())

@@ -89,7 +89,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     model = write_base(root / "base")
     write_adapter(root / "adapter", model)
     merge(base=root / "base", adapter=root / "adapter", out=root / "out" / "merged", template="alpaca")
-    bundles = export(root / "out" / "merged", precisions=("native", "int8", "int4"))
+    bundles = export(root / "out" / "merged", precision=("native", "int8", "int4"))
     prompts = root / "prompts.jsonl"
     prompts.write_text("".join(line + "\n" for line in PROMPTS.read_text().splitlines()[:28]))
     native, int8, int4 = (bundle.directory for bundle in bundles)

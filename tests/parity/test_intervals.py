@@ -42,9 +42,9 @@ def test_the_bounds_bracket_and_repeat() -> None:
 
 
 def test_one_sided_bounds_cover_at_commit_size() -> None:
-    """32 log-normal documents of unequal length: the table in intervals.py says 90.6 and 96.0 %, plain 83.8 %.
+    """32 log-normal documents of unequal length: the table in intervals.py says 90.2 and 96.1 %, plain 84.8 %.
 
-    600 simulations have a standard error of 1.2 %.
+    600 simulations have a standard error of 1.2 %: three of them are allowed.
     """
     rng = np.random.default_rng(11)
     truth = np.exp(0.5)  # mean of a log-normal with sigma 1
@@ -57,7 +57,7 @@ def test_one_sided_bounds_cover_at_commit_size() -> None:
         above += truth >= bounds.lower
         resampled = columns[rng.integers(0, 32, (200, 32))].sum(axis=1)
         plain += truth <= np.quantile(resampled[:, 0] / resampled[:, 1], 0.95)
-    assert below / 600 >= 0.88
+    assert below / 600 >= 0.865
     assert above / 600 >= 0.93
     assert (below - plain) / 600 >= 0.03
 

@@ -18,7 +18,7 @@ from tests.graph.conftest import tiny_model, tokens
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("run")
     tiny_model(root / "merged", torch.float16)
-    export(root / "merged", precisions=["native", "int8", "int4"])
+    export(root / "merged", precision=["native", "int8", "int4"])
     (root / "parity").mkdir()
     return root
 

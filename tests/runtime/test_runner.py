@@ -130,7 +130,7 @@ def test_logits_that_are_not_finite_end_generation(tmp_path: Path) -> None:
 
 
 def test_the_float16_graph_of_the_cuda_target_computes_the_same_model(model: TinyModel) -> None:
-    export(model.directory, targets=["cuda"])
+    export(model.directory, target=["cuda"])
     runner = load(model.directory, target="cuda", provider="cpu", threads=1)
     ids = tokens(POSITIONS)
     np.testing.assert_allclose(runner.logits(ids), model.logits(ids), atol=0.02, rtol=0)

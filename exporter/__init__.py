@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from exporter.inspection import inspect as inspect
     from exporter.merging.merge import merge as merge
     from exporter.parity.capture import capture as capture
-    from exporter.parity.verify import verify as verify
     from exporter.pipeline import run as run
     from exporter.runtime.generate import generate as generate
     from exporter.runtime.load import load as load
+    from exporter.verification import verify as verify
 
 FUNCTIONS = {
     "capture": "exporter.parity.capture",
@@ -30,7 +30,7 @@ FUNCTIONS = {
     "load": "exporter.runtime.load",
     "merge": "exporter.merging.merge",
     "run": "exporter.pipeline",
-    "verify": "exporter.parity.verify",
+    "verify": "exporter.verification",
 }
 
 __all__ = ["FUNCTIONS", "capture", "demo", "doctor", "export", "generate", "inspect", "load", "merge", "run", "verify"]

@@ -13,7 +13,7 @@ PAIR = Path(__file__).parent / "demo"
 def demo(
     *,
     out: str | Path = "artifacts/demo",
-    precision: Sequence[str] = ("native", "int8", "int4"),
+    precision: Sequence[str] = ("native", "int8"),
     target: Sequence[str] = ("cpu",),
     level: str = "commit",
     force: bool = False,

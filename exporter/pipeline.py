@@ -237,7 +237,7 @@ class _Run:
         }
 
         def work() -> Mapping[str, Any]:
-            from exporter.parity.verify import verify
+            from exporter.verification import verify
 
             verification = verify(
                 base=base.directory,

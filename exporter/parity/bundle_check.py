@@ -70,6 +70,7 @@ def verify_bundle(run: Run, bundle: Bundle) -> BundleResult:
     notes = []
     if bundle.provenance == "unknown":
         notes.append("provenance unknown: no manifest lists these files; they were compared by content")
+    notes += [f"{name} beside {bundle.graph.name} was not run: this verdict is not about it" for name in bundle.others]
     if survivors:
         notes.append(f"the run is invalid: {len(survivors)} mutant(s) survived ({', '.join(survivors)})")
     whole = worst_verdict([correctness, *([quality] if quality else []), *_invalid(survivors)])

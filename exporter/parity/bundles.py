@@ -29,6 +29,7 @@ class Bundle:
     provenance: str
     hashes: dict[str, str]
     weights: Mapping[str, Weight]
+    others: tuple[str, ...] = ()  # graphs beside this one, which were not run
 
     def values(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every floating-point tensor by its checkpoint name, in float32 and the checkpoint's orientation."""
@@ -57,7 +58,8 @@ def open_bundle(directory: Path, progress: Progress = SILENT) -> Bundle:
     model = load_graph(graph)
     weights, files = _graph_weights(graph, model)
     hashes, provenance = _check_hashes(directory, [graph, *files], progress)
-    return Bundle(directory, graph, _format(model), _target(model), provenance, hashes, weights)
+    others = tuple(path.name for path in graphs[1:])
+    return Bundle(directory, graph, _format(model), _target(model), provenance, hashes, weights, others)
 
 
 def load_graph(path: Path) -> onnx.ModelProto:

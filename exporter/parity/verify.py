@@ -32,15 +32,13 @@ def verify(
     prompts: str | Path | None = None,
     reference: str | Path = "int8",
     level: Level = "commit",
-    report: str | Path | None = None,
     progress: Progress = SILENT,
 ) -> Verification:
     """Compare bundles with the unmerged model in fp32 (the truth) and in 8 bits (the reference).
 
     base, adapter: a directory or a hub id, one or several adapters with a weight each (default 1). bundle: directories.
     prompts: JSON lines, default the packaged set. reference: "int8" runs bitsandbytes here, else a file from `capture`.
-    level: how much of the prompts is used. report: where verification.json, junit.xml, summary.md and report.html go.
-    Nothing is written into a bundle.
+    level: how much of the prompts is used. Nothing is written into a bundle.
     Raises InputRefused (a file that is missing, malformed, changed or of another model), EnvironmentLacking (memory,
     disk, bitsandbytes). A difference is no error: see the result's verdict and exit_code.
     """
@@ -64,7 +62,7 @@ def verify(
         common = common_pairs(store, source, progress)
         run = Run(pair, oracle, documents, store, source, common, load_thresholds(), level, progress)
         results = tuple(verify_bundle(run, one) for one in opened)
-    verification = Verification(
+    return Verification(
         schema_version=SCHEMA_VERSION,
         verdict=worst_verdict([result.verdict for result in results]),
         summary=_summary(results),
@@ -73,11 +71,6 @@ def verify(
         bundles=results,
         notes=tuple(notes),
     )
-    if report is not None:
-        from exporter.report import write_report  # the one look ahead in the flow: matplotlib loads only for a report
-
-        write_report(verification, Path(report))
-    return verification
 
 
 def _score_references(pair: Pair, store: LogitStore, reference: str, tokens: str, progress: Progress) -> Reference:

@@ -41,6 +41,7 @@ STATISTICS = {
     "equal": "equal logits where they must differ",
 }
 
+STEPS = {"T -> M32": "merging", "M32 -> F": "storing the weights", "F -> O": "the graph"}
 MAIN = ("weights.projection", "graph.max", "graph.kl", "quality.kl", "reference.excess", "cache.kl", "liveness.gain")
 
 
@@ -112,7 +113,12 @@ def largest_stage(bundle: BundleResult) -> str:
     if not known:
         return "no error to attribute"
     stage = max(known, key=lambda one: one.share or 0)
-    return f"{stage.step} carries {100 * (stage.share or 0):.0f} % of the error"
+    return f"{stage_name(stage.step)} carries {100 * (stage.share or 0):.0f} % of the error"
+
+
+def stage_name(step: str) -> str:
+    """A step of the ladder in words."""
+    return f"{STEPS[step]} ({step})" if step in STEPS else step
 
 
 def weak_tensors(bundle: BundleResult) -> Sequence[str]:

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from exporter.parity.result import BundleResult
-from exporter.report.figures import figure
+from exporter.report.figures import figure, stage_name
 
 # Placeholders that become CSS variables: matplotlib knows no currentColor.
 INK, MUTED, FIRST, SECOND, THIRD, LIMIT = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
@@ -82,13 +82,15 @@ def stage_ladder(bundle: BundleResult) -> str:
         for i, stage in enumerate(stages):
             text, place = f"{shares[i]:.1f} %, KL {figure(stage.kl)}", (max(shares[i], 0), i)
             axes.annotate(text, place, xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
-        axes.set_yticks(range(len(stages)), [stage.step.replace("->", "→") for stage in stages])
+        axes.set_yticks(
+            range(len(stages)), [stage_name(stage.step).replace(" (", "\n(").replace("->", "→") for stage in stages]
+        )
         axes.set_xlim(min(0, *shares) * 1.1, max(100, *shares) * 1.45)
         axes.invert_yaxis()
         axes.axvline(0, color=MUTED, linewidth=0.8)
         axes.set_xlabel("% of the error from truth to bundle (they sum to 100)")
 
-    return draw(paint, height=0.5 * max(3, len(bundle.stages)) + 0.6)
+    return draw(paint, height=0.6 * max(3, len(bundle.stages)) + 0.6)
 
 
 def kl_by_position(bundle: BundleResult) -> str:

@@ -1,6 +1,6 @@
 """Gates: three outcomes, evidence, scopes, and the frozen numbers."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +12,19 @@ GATE = Gate("g", "A-B", "kl_mean", ("float",), "upper", 0.01, ("response",), "co
 
 
 def tokens(kl: np.ndarray) -> PairTokens:
-    columns = {field.name: np.zeros(len(kl)) for field in fields(PairTokens)}
-    flags = {name: np.ones(len(kl), bool) for name in ("same_top", "clear", "finite")}
-    return PairTokens(**(columns | flags | {"kl": kl, "ref_energy": np.ones(len(kl))}))
+    nothing, yes = np.zeros(len(kl)), np.ones(len(kl), bool)
+    return PairTokens(
+        kl=kl,
+        same_top=yes,
+        clear=yes,
+        delta_p=nothing,
+        nll_ref=nothing,
+        nll_cand=nothing,
+        centered_max=nothing,
+        error_energy=nothing,
+        ref_energy=np.ones(len(kl)),
+        finite=yes,
+    )
 
 
 def comparison(kl: np.ndarray, documents: int = 20, scope: str = "response") -> Comparison:

@@ -35,7 +35,7 @@ def test_equal_documents_have_no_spread() -> None:
 
 def test_the_bounds_bracket_and_repeat() -> None:
     rng = np.random.default_rng(3)
-    columns = np.stack([rng.lognormal(0, 1, 32), rng.integers(20, 64, 32)], axis=1)
+    columns = np.stack([rng.lognormal(0, 1, 32), rng.integers(20, 64, 32).astype(float)], axis=1)
     first, second = studentized_bootstrap(columns, ratio), studentized_bootstrap(columns, ratio)
     assert first == second
     assert first.lower < first.estimate < first.upper

@@ -1,6 +1,7 @@
 """The captured reference: what it keeps is enough, and another model's or other tokens' file is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from exporter.parity.scoring import LogitStore
 from exporter.parity.statistics import score
 
 V = 2000
-FACTS = {"tokens_sha256": "t", "base_files": {"m": "1"}, "adapter_files": {"a": "2"}}
+FACTS: dict[str, Any] = {"tokens_sha256": "t", "base_files": {"m": "1"}, "adapter_files": {"a": "2"}}
 
 
 class Fixed:
@@ -88,8 +89,9 @@ def test_another_runs_file_is_refused(store: LogitStore, tmp_path: Path, key: st
     captured(store, tmp_path / "r.safetensors")
     capture = read_capture(tmp_path / "r.safetensors")
     check_capture(capture, **FACTS)
+    changed: dict[str, Any] = FACTS | {key: "x" if key == "tokens_sha256" else {"m": "9"}}
     with pytest.raises(InputRefused, match=said):
-        check_capture(capture, **(FACTS | {key: "x" if key == "tokens_sha256" else {"m": "9"}}))
+        check_capture(capture, **changed)
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])

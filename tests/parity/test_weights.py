@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from exporter.errors import InputRefused
 from exporter.parity.bundles import open_bundle
@@ -53,7 +53,7 @@ def test_the_oracle_is_pefts_merge_with_every_bit_that_float64_adds(made: Made, 
 
 
 def test_several_adapters_add_up_with_their_weights(made: Made, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32)
+    model = GPT2LMHeadModel.from_pretrained(made.base, dtype=torch.float32)
     write_adapter(tmp_path / "second", model, r=2, seed=9)
     both = Oracle(open_checkpoint(made.base), [(made.adapter, 0.25), (tmp_path / "second", -1.5)])
     expected = peft_merged(made.base, [made.adapter, tmp_path / "second"], [0.25, -1.5])

@@ -1,7 +1,6 @@
 """A directory's weights by name: shards and index agree, and nothing outside the directory is named."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch

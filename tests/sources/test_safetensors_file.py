@@ -66,7 +66,8 @@ MALFORMED = {
     "not json": b"{oops",
     "not utf-8": b'{"\xff": 1}',
     "leading space": b' {"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
-    "twice": b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+    "twice": b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+    b'"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
     "deep": b'{"a":' + b"[" * 100_000,
 }
 

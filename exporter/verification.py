@@ -1,0 +1,42 @@
+"""`exporter verify`: the comparison, and the report of it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from exporter.parity import verify as comparison
+from exporter.parity.documents import Level
+from exporter.parity.result import Verification
+from exporter.progress import SILENT, Progress
+from exporter.report import write_report
+
+
+def verify(
+    *,
+    base: str | Path,
+    adapter: str | Path | Sequence[str | Path],
+    bundle: str | Path | Sequence[str | Path],
+    weight: Sequence[float] = (),
+    prompts: str | Path | None = None,
+    reference: str | Path = "int8",
+    level: Level = "commit",
+    report: str | Path | None = None,
+    progress: Progress = SILENT,
+) -> Verification:
+    """Compare bundles with the unmerged model in fp32 (the truth) and in 8 bits (the reference).
+
+    report: where verification.json, junit.xml, summary.md and report.html go. The other arguments and the errors are
+    those of `exporter.parity.verify.verify`. A difference is no error: see the result's verdict and exit_code.
+    """
+    verification = comparison.verify(
+        base=base,
+        adapter=adapter,
+        bundle=bundle,
+        weight=weight,
+        prompts=prompts,
+        reference=reference,
+        level=level,
+        progress=progress,
+    )
+    if report is not None:
+        write_report(verification, Path(report))
+    return verification

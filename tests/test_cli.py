@@ -1,0 +1,100 @@
+"""The command line: exit codes, one message for each error, JSON on stdout."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from exporter import FUNCTIONS
+from tests.pairs import Pair
+
+EXPORTER = [sys.executable, "-m", "exporter.cli"]
+
+
+def call(*arguments: object, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [*EXPORTER, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_merge_and_inspect_with_json(pair: Pair, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    merged = json.loads(call("merge", "--base", pair.base, "--adapter", pair.adapter, "--out", out, "--json").stdout)
+    assert len(merged["tensors"]) == 40
+    assert merged["skipped"] is False
+    plan = json.loads(call("inspect", "--base", pair.base, "--adapter", pair.adapter, "--json").stdout)
+    assert [change["scale"] for change in plan["changed"]] == [[4.0]] * 3
+    assert plan["problems"] == []
+
+
+def test_dry_run_writes_nothing(pair: Pair, tmp_path: Path) -> None:
+    done = call("merge", "--base", pair.base, "--adapter", pair.adapter, "--out", tmp_path / "out", "--dry-run")
+    assert "changed   3 matrices: c_attn (r=4, scale 4, in_out)" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["frobnicate"],
+        ["merge", "--no-such-flag"],
+        ["merge", "--base", "b"],
+        ["export", ".", "--precision", "int3"],
+        ["merge", "--base", "b", "--adapter", "a", "--out", "o", "--memory", "lots"],
+        ["run"],
+    ],
+)
+def test_wrong_usage_is_2(arguments: list[str]) -> None:
+    assert call(*arguments, code=2).stderr
+
+
+def test_a_missing_input_is_4_and_one_message(pair: Pair, tmp_path: Path) -> None:
+    done = call("merge", "--base", tmp_path / "nowhere", "--adapter", pair.adapter, "--out", tmp_path / "out", code=4)
+    assert done.stderr.startswith("error: ")
+    assert "nowhere" in done.stderr
+    assert "what to do: " in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect_lists_problems_and_exits_as_merge_would(pair: Pair, tmp_path: Path) -> None:
+    (pair.adapter / "adapter_config.json").write_text("{}")
+    done = call("inspect", "--base", pair.base, "--adapter", pair.adapter, "--json", code=4)
+    assert "peft_type" in json.loads(done.stdout)["problems"][0]
+
+
+def test_offline_with_a_hub_id_is_5(tmp_path: Path) -> None:
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = call("inspect", "--base", "owner/base", "--adapter", "owner/adapter", "--json", code=5, **environment)
+    assert "owner/base" in json.loads(done.stdout)["problems"][0]
+
+
+def test_every_command_has_help_with_an_example() -> None:
+    listing = call("--help").stdout
+    for name in set(FUNCTIONS) - {"load"}:
+        assert name in listing
+        assert "exporter " + name in " ".join(call(name, "--help").stdout.split())
+
+
+def test_terminated_is_143_and_leaves_nothing(pair: Pair, tmp_path: Path) -> None:
+    program = (
+        "import time, exporter.merging.merge as m, exporter.cli as c, sys\n"
+        "def slow(*a, **k): print('writing', flush=True); time.sleep(60)\n"
+        "m.write_shard = slow\n"
+        f"sys.argv = ['exporter', 'merge', '--base', {str(pair.base)!r}, '--adapter', {str(pair.adapter)!r},"
+        f" '--out', {str(tmp_path / 'out')!r}]\n"
+        "c.main()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,72 @@
+"""A spec is frozen types; an unknown key, a wrong type or a wrong value is an error that names it."""
+
+from pathlib import Path
+
+import pytest
+
+from exporter.errors import InputRefused
+from exporter.spec import parse_size, read_spec
+
+WHOLE = """
+[base]
+source = "owner/base"
+revision = "main"
+[adapter]
+source = "owner/adapter"
+[merge]
+shard_size = "2GB"
+[export]
+precisions = ["native", "int8"]
+[output]
+dir = "out"
+"""
+
+
+def test_values_and_defaults(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(WHOLE)
+    spec = read_spec(tmp_path / "run.toml")
+    assert (spec.base.source, spec.base.revision) == ("owner/base", "main")
+    assert [adapter.weight for adapter in spec.adapter] == [1.0]
+    assert spec.merge.shard_size == 2_000_000_000
+    assert (spec.export.precisions, spec.export.targets, spec.verify.level) == (("native", "int8"), ("cpu",), "commit")
+
+
+def test_several_adapters(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(
+        WHOLE.replace("[adapter]", "[[adapter]]") + '[[adapter]]\nsource = "owner/second"\nweight = 0.5\n'
+    )
+    assert [adapter.weight for adapter in read_spec(tmp_path / "run.toml").adapter] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (("[merge]", "[merge]\nspeed = 3"), "merge.speed"),
+        (('"int8"', '"int3"'), "export.precisions"),
+        (('"2GB"', '"lots"'), "merge.shard_size"),
+        (('[output]\ndir = "out"', ""), "output"),
+        (("[base]", "[base"), "not TOML"),
+        (("[export]", "[verify]\nlevel = 'casual'\n[export]"), "verify.level"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, change: tuple[str, str], named: str) -> None:
+    assert change[0] in WHOLE
+    (tmp_path / "run.toml").write_text(WHOLE.replace(*change))
+    with pytest.raises(InputRefused, match=named):
+        read_spec(tmp_path / "run.toml")
+
+
+def test_a_missing_spec(tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match="no spec"):
+        read_spec(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5MB", 1_500_000), ("512MiB", 1 << 29), (7, 7)])
+def test_sizes(text: object, size: int) -> None:
+    assert parse_size(text) == size
+
+
+def test_the_first_users_recipe_is_a_spec() -> None:
+    spec = read_spec(Path(__file__).parents[1] / "recipes/gpt-6.7b-alpaca.toml")
+    assert spec.base.source == "cerebras/Cerebras-GPT-6.7B"
+    assert spec.export.precisions == ("native", "int8", "int4")

@@ -206,5 +206,5 @@ def test_the_pair_names_no_path_and_fits_its_size() -> None:
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 16, ["c_attn"])
     assert sum(path.stat().st_size for path in PAIR.rglob("*")) < 30_000_000
     figures = json.loads((PAIR / "training.json").read_text())
-    assert figures["held_out"]["adapter_perplexity"] < 0.9 * figures["held_out"]["base_perplexity"]
+    assert figures["held_out"]["adapter_perplexity"] < 0.95 * figures["held_out"]["base_perplexity"]
     assert figures["held_out"]["stopped_within_256"] >= 0.8

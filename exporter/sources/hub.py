@@ -69,7 +69,9 @@ def resolve(
     if path and os.path.exists(path):  # noqa: PTH110
         return _directory(Path(path), revision)
     if isinstance(source, Path) or _looks_like_a_path(source):
-        raise InputRefused(f"no such directory: {source}", expected=f"the directory of the {kind}, or a hub id")
+        raise InputRefused(
+            f"no such directory: {source}", expected=f"the directory of the {kind}, or a hub id", todo="check the path"
+        )
     name, own = _parse_id(source)
     if own and revision and own != revision:
         raise UsageError(f"{source} and the revision {revision} disagree", expected="one revision")
@@ -85,7 +87,9 @@ def _parse_id(source: str) -> tuple[str, str | None]:
         match = None
     if match is None:
         raise InputRefused(
-            f"{source[:200]!r} is neither a directory nor a hub id", expected="a directory, or owner/name[@revision]"
+            f"{source[:200]!r} is neither a directory nor a hub id",
+            expected="a directory, or owner/name[@revision]",
+            todo="check the path or the id",
         )
     return match["id"], match["revision"]
 

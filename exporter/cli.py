@@ -21,7 +21,7 @@ from exporter.spec import parse_size
 from exporter.terminal import terminal_progress
 
 # typer carries its own copy of click: what a wrong flag raises is the base of BadParameter.
-UsageMessage = typer.BadParameter.__bases__[0]
+UsageMessage: Any = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(
     name="exporter",

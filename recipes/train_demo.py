@@ -16,6 +16,7 @@ import math
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -252,7 +253,7 @@ def save_base(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, out: P
     half = GPT2LMHeadModel(model.config).half()
     half.load_state_dict({name: tensor.half() for name, tensor in model.state_dict().items()})
     half.config.use_cache = True
-    half.save_pretrained(folder)
+    half.save_pretrained(str(folder))
     tokenizer.save_pretrained(folder)
 
 
@@ -260,14 +261,14 @@ def instruct_rows(rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast
     """(token ids of prompt + answer + EOS, length of the prompt); rows over 512 tokens are left out."""
     examples = []
     for row in rows:
-        prompt = tokenizer(alpaca_prompt(row["instruction"], row["input"]))["input_ids"]
-        answer = tokenizer(row["output"])["input_ids"]
+        prompt = tokenizer.backend_tokenizer.encode(alpaca_prompt(row["instruction"], row["input"])).ids
+        answer = tokenizer.backend_tokenizer.encode(row["output"]).ids
         if len(prompt) + len(answer) + 1 <= POSITIONS:
             examples.append(([*prompt, *answer, EOS], len(prompt)))
     return examples
 
 
-def load_8bit(folder: Path) -> GPT2LMHeadModel:
+def load_8bit(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     return AutoModelForCausalLM.from_pretrained(
@@ -298,7 +299,8 @@ def train_adapter(data: Path, out: Path, minutes: float) -> None:
     model.train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=4e-3, weight_decay=0.0)
-    transformer = model.base_model.model.transformer
+    inner: Any = model.base_model.model
+    transformer = inner.transformer
     head = transformer.wte.weight.detach()
     started, curve, recent = time.time(), [], []
     for step, batch in enumerate(schedule):
@@ -327,7 +329,7 @@ def train_adapter(data: Path, out: Path, minutes: float) -> None:
             curve.append({"step": step + 1, "loss": round(mean, 4)})
             print(f"step {step + 1}/{len(schedule)} loss {mean:.3f} {time.time() - started:.0f} s", flush=True)
     model.peft_config["default"].base_model_name_or_path = "exporter-demo/base"
-    model.save_pretrained(out / "adapter", save_embedding_layers=False)
+    model.save_pretrained(str(out / "adapter"), save_embedding_layers=False)
     minutes_taken = round((time.time() - started) / 60, 1)
     figures = {"seed": SEED, "learning_rate": 4e-3, "examples": len(examples), "minutes": minutes_taken}
     record(out, "adapter", {**figures, "steps": len(schedule), "loss_curve": curve})

@@ -96,7 +96,8 @@ def peft_merge(pair: Pair) -> dict[str, torch.Tensor]:
 
 def loaded(directory: Path) -> dict[str, torch.Tensor]:
     """What transformers loads, in the stored types. A key that is missing or unexpected is an error."""
-    model, report = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", output_loading_info=True)
+    both: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", output_loading_info=True)
+    model, report = both
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.state_dict()
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ class Oracle:
         self.expected: list[list[int]] = []
         self.compared: list[int] = []
         for prompt in self.prompts:
-            out = model.generate(
+            out: Any = model.generate(
                 torch.tensor([prompt]),
                 attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
                 max_new_tokens=NEW,

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_several_adapters_are_summed_before_one_rounding(tmp_path: Path) -> None
         GPT2LMHeadModel.from_pretrained(pair.base, dtype=torch.float32), str(pair.adapter), "a"
     )
     model.load_adapter(str(second), "b")
-    layers = [module for module in model.modules() if hasattr(module, "get_delta_weight")]
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "get_delta_weight")]
     got = loaded(tmp_path / "out")
     for number, layer in enumerate(layers):
         base = layer.get_base_layer().weight.data
@@ -280,4 +281,5 @@ def test_two_merges_give_the_same_bytes(pair: Pair, tmp_path: Path) -> None:
 
 def test_the_oracle_has_conv1d() -> None:
     """If transformers turned GPT-2's Conv1D into Linear, the orientation tests above would prove nothing."""
-    assert isinstance(GPT2LMHeadModel(gpt2_config()).transformer.h[0].attn.c_attn, Conv1D)
+    modules = dict(GPT2LMHeadModel(gpt2_config()).named_modules())
+    assert isinstance(modules["transformer.h.0.attn.c_attn"], Conv1D)

@@ -1,0 +1,74 @@
+"""Every command and every piece of Python in the README runs as printed."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from exporter.demonstration import PAIR
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
+# `make` sets up environments and `exporter run recipes/...` needs the hub: CI and test_recipe.py run those.
+ELSEWHERE = ("make ", "exporter run recipes/")
+
+
+def commands() -> list[str]:
+    lines = [line.split("  #")[0].strip() for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+    table = [match.group(1) for match in re.finditer(r"^\| `(exporter [^`]+)` \|", README, re.M)]
+    return [line for line in [*lines, *table] if line and not line.startswith(ELSEWHERE)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory where the README's relative paths hold, with a finished native run under artifacts/demo."""
+    place = tmp_path_factory.mktemp("readme")
+    (place / "exporter").mkdir()
+    (place / "exporter/demo").symlink_to(PAIR)
+    run(place, ["merge", "--base", PAIR / "base", "--adapter", PAIR / "adapter", "--template", "alpaca", "--out", "m"])
+    (place / "artifacts/demo").mkdir(parents=True)
+    (place / "m").rename(place / "artifacts/demo/merged")
+    run(place, ["export", "artifacts/demo/merged"])
+    return place
+
+
+def run(place: Path, arguments: list[object]) -> str:
+    command = [sys.executable, "-m", "exporter.cli", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=place, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_of_the_readme(place: Path, command: str, tmp_path: Path) -> None:
+    values = {"BASE": PAIR / "base", "B": PAIR / "base", "ADAPTER": PAIR / "adapter", "A": PAIR / "adapter"}
+    values |= dict.fromkeys(["CHECKPOINT", "BUNDLE"], "artifacts/demo/merged")
+    values |= {"TEXT": "The", "FILE": "captured"}
+    words = [str(values.get(word, word)) for word in shlex.split(command)]
+    if "DIR" in words:
+        for place_of in [i for i, word in enumerate(words) if word == "DIR"]:
+            existing = words[place_of - 1] == "--bundle"
+            words[place_of] = "artifacts/demo/merged" if existing else str(tmp_path / "out")
+    assert Path(words[0]).name == "exporter"
+    assert run(place, list(words[1:])).strip()
+
+
+@pytest.mark.parametrize("code", [text for kind, text in BLOCKS if kind == "python"])
+def test_the_python_of_the_readme(place: Path, code: str) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=place, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_the_readme_shows_a_real_run() -> None:
+    assert "PASS" in README
+    assert "@RUN@" not in README
+    assert len(commands()) >= 8

@@ -75,7 +75,6 @@ class Builder(StrEnum):
 BaseOption = Annotated[str, typer.Option(help="The base: a directory or a hub id, `owner/name[@revision]`.")]
 AdapterOption = Annotated[list[str], typer.Option(help="The adapter: a directory or a hub id. Repeat to add several.")]
 WeightOption = Annotated[list[float] | None, typer.Option(help="One for each adapter; default 1.")]
-SizeOption = Callable[[str], int]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Libraries' own messages, and tracebacks.")]

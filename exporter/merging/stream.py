@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +65,6 @@ class _Sink:
     def __init__(self, handle: int, whole: "hashlib._Hash", hasher: ThreadPoolExecutor, task: Task) -> None:
         self.handle, self.whole, self.hasher, self.task = handle, whole, hasher, task
         self.digest = hashlib.sha256()
-        self.pending: list[Callable[[], None]] = []
 
     def put(self, data: memoryview) -> None:
         hashed = self.hasher.submit(self._hash, data)

@@ -18,7 +18,7 @@ from tests.pairs import Pair, edit_json, gpt2_config, lora_config, make_pair, re
 ADAPTER = "adapter_model.safetensors"
 
 
-def refused(pair: Pair, out: Path, match: str) -> None:
+def assert_refused(pair: Pair, out: Path, match: str) -> None:
     with pytest.raises(InputRefused, match=match) as raised:
         exporter.merge(base=pair.base, adapter=pair.adapter, out=out)
     assert raised.value.exit_code == 4
@@ -26,49 +26,51 @@ def refused(pair: Pair, out: Path, match: str) -> None:
 
 
 def test_missing_directories_and_files(pair: Pair, tmp_path: Path) -> None:
-    refused(Pair(tmp_path / "nowhere", pair.adapter), tmp_path / "out", "nowhere")
+    assert_refused(Pair(tmp_path / "nowhere", pair.adapter), tmp_path / "out", "nowhere")
     (pair.adapter / ADAPTER).unlink()
-    refused(pair, tmp_path / "out", "no adapter weights")
+    assert_refused(pair, tmp_path / "out", "no adapter weights")
     (pair.base / "model.safetensors").unlink()
-    refused(pair, tmp_path / "out", "no adapter weights|no weights")
+    assert_refused(pair, tmp_path / "out", "no adapter weights|no weights")
 
 
 def test_an_adapter_of_another_width(pair: Pair, tmp_path: Path) -> None:
     other = make_pair(tmp_path / "other", gpt2_config(n_embd=32))
-    refused(
+    assert_refused(
         Pair(pair.base, other.adapter), tmp_path / "out", r"32 inputs and 96 outputs(.|\n)*64 inputs and 192 outputs"
     )
 
 
 def test_an_adapter_of_a_deeper_model(pair: Pair, tmp_path: Path) -> None:
     other = make_pair(tmp_path / "other", gpt2_config(n_layer=4))
-    refused(Pair(pair.base, other.adapter), tmp_path / "out", r"h\.3\.attn\.c_attn")
+    assert_refused(Pair(pair.base, other.adapter), tmp_path / "out", r"h\.3\.attn\.c_attn")
 
 
 def test_an_adapter_of_a_shallower_model(pair: Pair, tmp_path: Path) -> None:
     """Every tensor would find its place, and one layer would silently stay unmerged."""
     other = make_pair(tmp_path / "other", gpt2_config(n_layer=2))
-    refused(Pair(pair.base, other.adapter), tmp_path / "out", r"no factors for 'transformer\.h\.2\.attn\.c_attn'")
+    assert_refused(
+        Pair(pair.base, other.adapter), tmp_path / "out", r"no factors for 'transformer\.h\.2\.attn\.c_attn'"
+    )
 
 
 def test_an_adapter_whose_tensors_match_nothing(pair: Pair, tmp_path: Path) -> None:
     rewrite(pair.adapter / ADAPTER, lambda tensors: {n.replace("c_attn", "q_proj"): t for n, t in tensors.items()})
-    refused(pair, tmp_path / "out", "none of the 3 modules")
+    assert_refused(pair, tmp_path / "out", "none of the 3 modules")
 
 
 def test_half_a_pair_of_factors(pair: Pair, tmp_path: Path) -> None:
     rewrite(pair.adapter / ADAPTER, lambda tensors: dict(sorted(tensors.items())[1:]))
-    refused(pair, tmp_path / "out", "lora_B and no lora_A")
+    assert_refused(pair, tmp_path / "out", "lora_B and no lora_A")
 
 
 def test_all_zero_b(pair: Pair, tmp_path: Path) -> None:
     rewrite(pair.adapter / ADAPTER, lambda tensors: {n: t * ("lora_A" in n) for n, t in tensors.items()})
-    refused(pair, tmp_path / "out", "merging would change nothing")
+    assert_refused(pair, tmp_path / "out", "merging would change nothing")
 
 
 def test_a_rank_that_the_configuration_denies(pair: Pair, tmp_path: Path) -> None:
     edit_json(pair.adapter / "adapter_config.json", r=8)
-    refused(pair, tmp_path / "out", "rank 8")
+    assert_refused(pair, tmp_path / "out", "rank 8")
 
 
 @pytest.mark.parametrize(
@@ -89,28 +91,28 @@ def test_fields_that_change_the_weights_otherwise_are_refused_by_name(
     pair: Pair, tmp_path: Path, field: str, value: object
 ) -> None:
     edit_json(pair.adapter / "adapter_config.json", **{field: value})
-    refused(pair, tmp_path / "out", field)
+    assert_refused(pair, tmp_path / "out", field)
 
 
 def test_another_kind_of_adapter(pair: Pair, tmp_path: Path) -> None:
     model = GPT2LMHeadModel.from_pretrained(pair.base)
     config = IA3Config(target_modules=["c_attn"], feedforward_modules=[], fan_in_fan_out=True)
     get_peft_model(model, config).save_pretrained(str(tmp_path / "ia3"))
-    refused(Pair(pair.base, tmp_path / "ia3"), tmp_path / "out", "IA3")
+    assert_refused(Pair(pair.base, tmp_path / "ia3"), tmp_path / "out", "IA3")
     edit_json(pair.adapter / "adapter_config.json", peft_type="TELEPATHY")
-    refused(pair, tmp_path / "out", "TELEPATHY")
+    assert_refused(pair, tmp_path / "out", "TELEPATHY")
 
 
 def test_a_tensor_that_is_not_a_factor(pair: Pair, tmp_path: Path) -> None:
     rewrite(pair.adapter / ADAPTER, lambda tensors: tensors | {"base_model.model.extra": torch.ones(2)})
-    refused(pair, tmp_path / "out", "extra")
+    assert_refused(pair, tmp_path / "out", "extra")
 
 
 def test_a_tied_head(tmp_path: Path) -> None:
     pair = make_pair(tmp_path)
     model = GPT2LMHeadModel.from_pretrained(pair.base)
     save_adapter(tmp_path / "head", model, lora_config(target_modules=["lm_head"], fan_in_fan_out=False))
-    refused(Pair(pair.base, tmp_path / "head"), tmp_path / "out", "tied")
+    assert_refused(Pair(pair.base, tmp_path / "head"), tmp_path / "out", "tied")
 
 
 def test_an_untied_head_is_merged(tmp_path: Path) -> None:
@@ -125,17 +127,17 @@ def test_an_untied_head_is_merged(tmp_path: Path) -> None:
 
 def test_a_quantized_base(pair: Pair, tmp_path: Path) -> None:
     edit_json(pair.base / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
-    refused(pair, tmp_path / "out", r"quantized \(bitsandbytes\)")
+    assert_refused(pair, tmp_path / "out", r"quantized \(bitsandbytes\)")
 
 
 def test_a_base_that_lacks_a_tensor_or_has_one_too_many(pair: Pair, tmp_path: Path) -> None:
     path = pair.base / "model.safetensors"
     whole = path.read_bytes()
     rewrite(path, lambda tensors: {n: t for n, t in tensors.items() if n != "transformer.h.1.ln_2.bias"})
-    refused(pair, tmp_path / "out", r"no tensor for 'transformer\.h\.1\.ln_2\.bias'")
+    assert_refused(pair, tmp_path / "out", r"no tensor for 'transformer\.h\.1\.ln_2\.bias'")
     path.write_bytes(whole)
     rewrite(path, lambda tensors: tensors | {"transformer.h.9.oddity": torch.ones(3)})
-    refused(pair, tmp_path / "out", r"h\.9\.oddity")
+    assert_refused(pair, tmp_path / "out", r"h\.9\.oddity")
 
 
 def test_a_model_with_its_own_code_is_not_run(pair: Pair, tmp_path: Path) -> None:
@@ -146,7 +148,7 @@ def test_a_model_with_its_own_code_is_not_run(pair: Pair, tmp_path: Path) -> Non
         architectures=["Evil"],
         auto_map={"AutoConfig": "modeling_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"},
     )
-    refused(pair, tmp_path / "out", "evil|Evil")
+    assert_refused(pair, tmp_path / "out", "evil|Evil")
     assert not (tmp_path / "ran").exists()
 
 
@@ -164,9 +166,9 @@ def test_a_pickle_payload_is_refused_without_running_it(pair: Pair, tmp_path: Pa
     for old in directory.glob("*.safetensors"):
         old.unlink()
     torch.save({"weight": Payload(tmp_path / "ran")}, directory / name)
-    refused(pair, tmp_path / "out", "more than tensors")
+    assert_refused(pair, tmp_path / "out", "more than tensors")
     (directory / name).write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
-    refused(pair, tmp_path / "out", "not a zip file")
+    assert_refused(pair, tmp_path / "out", "not a zip file")
     assert not (tmp_path / "ran").exists()
 
 
@@ -175,17 +177,17 @@ def test_a_pickle_payload_is_refused_without_running_it(pair: Pair, tmp_path: Pa
 def test_truncated_safetensors(pair: Pair, tmp_path: Path, keep: int, where: str) -> None:
     path = pair.base / "model.safetensors" if where == "base" else pair.adapter / ADAPTER
     path.write_bytes(path.read_bytes()[:keep])
-    refused(pair, tmp_path / "out", "malformed")
+    assert_refused(pair, tmp_path / "out", "malformed")
 
 
 def test_a_configuration_that_is_not_json(pair: Pair, tmp_path: Path) -> None:
     (pair.adapter / "adapter_config.json").write_text("{")
-    refused(pair, tmp_path / "out", "not JSON")
+    assert_refused(pair, tmp_path / "out", "not JSON")
     (pair.base / "config.json").write_text(json.dumps([1, 2]))
-    refused(pair, tmp_path / "out", "not JSON|holds a list")
+    assert_refused(pair, tmp_path / "out", "not JSON|holds a list")
 
 
 def test_no_tokenizer_anywhere(pair: Pair, tmp_path: Path) -> None:
     for path in pair.base.glob("*token*"):
         path.unlink()
-    refused(pair, tmp_path / "out", "no tokenizer")
+    assert_refused(pair, tmp_path / "out", "no tokenizer")

@@ -33,7 +33,6 @@ class ModelLayout:
     state: Mapping[str, tuple[int, ...]]
     tied: Mapping[str, str]
     orientation: Mapping[str, Orientation]
-    embeddings: frozenset[str]
     prefix: str
 
 
@@ -50,15 +49,12 @@ def model_layout(directory: Path, config: Mapping[str, Any]) -> ModelLayout:
             stored[id(tensor)] = name
             state[name] = tuple(tensor.shape)
     orientation: dict[str, Orientation] = {}
-    embeddings = set()
     for name, module in model.named_modules():
         if isinstance(module, Conv1D):
             orientation[name] = "in_out"
         elif isinstance(module, torch.nn.Linear):
             orientation[name] = "out_in"
-        elif isinstance(module, torch.nn.Embedding):
-            embeddings.add(name)
-    return ModelLayout(state, tied, orientation, frozenset(embeddings), model.base_model_prefix)
+    return ModelLayout(state, tied, orientation, model.base_model_prefix)
 
 
 def _empty_model(directory: Path, config: Mapping[str, Any]) -> transformers.PreTrainedModel:

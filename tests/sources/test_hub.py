@@ -194,18 +194,19 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.skipif(HUB_2, reason="huggingface_hub 2 begins an interrupted file anew: only whole files are kept")
 def test_an_interrupted_file_resumes_where_it_stopped(hub: Hub) -> None:
+    """huggingface_hub 2 resumes within the one call, before 2 in the next call."""
     hub.publish(BASE, {"config.json": CONFIG, "model.safetensors": WEIGHTS})
     hub.cut_after = 50_000
-    with pytest.raises(EnvironmentLacking, match="the download resumes"):
-        resolve(BASE, kind="base")
-    hub.cut_after, hub.requests = None, []
+    if not HUB_2:
+        with pytest.raises(EnvironmentLacking, match="the download resumes"):
+            resolve(BASE, kind="base")
+        hub.cut_after, hub.requests = None, []
     source = resolve(BASE, kind="base")
     assert (source.directory / "model.safetensors").read_bytes() == WEIGHTS
     starts = [int(request.range.removeprefix("bytes=").rstrip("-")) for request in hub.requests if request.range]
-    assert len(starts) == 1
-    assert starts[0] >= 49_152
+    assert HUB_2 or len(starts) == 1
+    assert max(starts) >= 49_152
 
 
 @pytest.mark.usefixtures("impatient")

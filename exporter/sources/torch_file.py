@@ -8,20 +8,23 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from exporter.errors import InputRefused
+from exporter.sources import legacy_torch_file
 from exporter.sources.tensors import NAMES, TensorInfo
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Tensors by name, without reading a value: a zip `.bin` stores each tensor's bytes uncompressed.
 
-    Raises InputRefused for a pickle that asks for code, for a file that is not a state dict, and for the
-    pre-1.6 format, whose tensors have no offsets.
+    So does the format before PyTorch 1.6, which is no zip file. Raises InputRefused for a pickle that asks for code
+    and for a file that is not a state dict.
     """
+    if not _begins_as_zip(path):
+        return legacy_torch_file.read_header(path)
     if not zipfile.is_zipfile(path):
         raise InputRefused(
-            f"{path} is not a zip file, so it is truncated or older than PyTorch 1.6",
-            expected="a .bin written by torch.save in PyTorch 1.6 or later",
-            todo="fetch it again, or convert it: load it with weights_only=True and save it as safetensors",
+            f"{path} begins as a zip file and has no end, so it is truncated",
+            expected="a .bin written by torch.save",
+            todo="fetch it again",
         )
     try:
         with FakeTensorMode():
@@ -42,6 +45,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise InputRefused(f"{path} holds a {type(state).__name__}", expected="a state dict of tensors")
     size = path.stat().st_size
     return {str(name): _tensor(path, str(name), value, size) for name, value in state.items()}
+
+
+def _begins_as_zip(path: Path) -> bool:
+    """What torch.load itself decides by."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"PK\x03\x04"
+    except OSError as error:
+        raise InputRefused(f"{path} cannot be read: {error.strerror}", expected="a .bin that may be read") from error
 
 
 def _tensor(path: Path, name: str, value: object, size: int) -> TensorInfo:

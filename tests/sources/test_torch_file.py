@@ -43,9 +43,3 @@ def test_truncated_files_are_refused(tmp_path: Path, keep: int) -> None:
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(InputRefused, match=r"x\.bin"):
         read_header(path)
-
-
-def test_the_format_before_pytorch_1_6_is_refused_with_advice(tmp_path: Path) -> None:
-    torch.save({"a": torch.randn(3)}, tmp_path / "x.bin", _use_new_zipfile_serialization=False)
-    with pytest.raises(InputRefused, match="convert it"):
-        read_header(tmp_path / "x.bin")

@@ -9,36 +9,60 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
 
 from exporter.errors import InputRefused
-
-Orientation = Literal["in_out", "out_in"]
+from exporter.merging.changes import Orientation
 
 # Buffers that old checkpoints carry and current model classes compute.
 OLD_BUFFERS = re.compile(r"(.*\.)?((attn|attention)\.(bias|masked_bias)|rotary_emb\.inv_freq|embeddings\.position_ids)")
+CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleInfo:
+    """orientation: of a weight that LoRA's B A is added to as a matrix, else None. parameters: its own, in order.
+
+    is_transposed: a stack of experts that says it is (experts, in, out); PEFT takes others as (experts, out, in).
+    """
+
+    orientation: Orientation | None
+    parameters: tuple[str, ...]
+    is_convolution: bool
+    is_transposed: bool
 
 
 @dataclass(frozen=True, slots=True)
 class ModelLayout:
-    """state: shape by name, in state-dict order, tied names left out. tied: alias -> the name that is stored.
+    """state: shape by name in state-dict order, tied names left out. tied: alias -> the name that is stored.
 
-    orientation: of every matrix that LoRA can change, by module name.
+    input_embedding, output_embedding: names of their modules. model: the architecture on the meta device.
     """
 
     state: Mapping[str, tuple[int, ...]]
     tied: Mapping[str, str]
-    orientation: Mapping[str, Orientation]
+    modules: Mapping[str, ModuleInfo]
     prefix: str
+    input_embedding: str | None
+    output_embedding: str | None
+    model: transformers.PreTrainedModel
+
+    @property
+    def matrices(self) -> dict[str, Orientation]:
+        """Modules that LoRA adapts as matrices."""
+        return {name: info.orientation for name, info in self.modules.items() if info.orientation}
 
 
-def model_layout(directory: Path, config: Mapping[str, Any]) -> ModelLayout:
-    """Build the architecture that `config.json` names on the meta device. InputRefused where transformers has none."""
-    model = _empty_model(directory, config)
+def model_layout(directory: Path, config: Mapping[str, Any], *, untied: bool = False) -> ModelLayout:
+    """Build the architecture that `config.json` names on the meta device. InputRefused where transformers has none.
+
+    untied: as if `tie_word_embeddings` were false.
+    """
+    model = _empty_model(directory, config, untied)
     state: dict[str, tuple[int, ...]] = {}
     tied: dict[str, str] = {}
     stored: dict[int, str] = {}
@@ -48,21 +72,48 @@ def model_layout(directory: Path, config: Mapping[str, Any]) -> ModelLayout:
         else:
             stored[id(tensor)] = name
             state[name] = tuple(tensor.shape)
-    orientation: dict[str, Orientation] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Conv1D):
-            orientation[name] = "in_out"
-        elif isinstance(module, torch.nn.Linear):
-            orientation[name] = "out_in"
-    return ModelLayout(state, tied, orientation, model.base_model_prefix)
+    names = {id(module): name for name, module in model.named_modules()}
+    return ModelLayout(
+        state,
+        tied,
+        {name: _module_info(module) for name, module in model.named_modules() if name},
+        model.base_model_prefix,
+        names.get(id(_embeddings(model.get_input_embeddings))),
+        names.get(id(_embeddings(model.get_output_embeddings))),
+        model,
+    )
 
 
-def _empty_model(directory: Path, config: Mapping[str, Any]) -> transformers.PreTrainedModel:
+def _embeddings(getter: Any) -> object:
+    """transformers raises NotImplementedError for a model that has no such embeddings."""
+    try:
+        return getter()
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def _module_info(module: torch.nn.Module) -> ModuleInfo:
+    orientation: Orientation | None = None
+    if isinstance(module, Conv1D | torch.nn.Embedding):
+        orientation = "in_out"
+    elif isinstance(module, torch.nn.Linear):
+        orientation = "out_in"
+    return ModuleInfo(
+        orientation,
+        tuple(name for name, _ in module.named_parameters(recurse=False)),
+        isinstance(module, CONVOLUTIONS),
+        bool(getattr(module, "is_transposed", False)),
+    )
+
+
+def _empty_model(directory: Path, config: Mapping[str, Any], untied: bool) -> transformers.PreTrainedModel:
     names = config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputRefused(f"{directory}/config.json has architectures {names!r}", expected="a list of class names")
     try:
         parsed = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        if untied:
+            parsed.tie_word_embeddings = False
         found = getattr(transformers, names[0], None) if names else None
         with torch.device("meta"), _quiet():
             if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):

@@ -62,6 +62,11 @@ class Level(StrEnum):
     release = "release"
 
 
+class Onto(StrEnum):
+    original = "original"
+    int8 = "int8"
+
+
 class Proof(StrEnum):
     full = "full"
     none = "none"
@@ -129,9 +134,12 @@ def merge(
     out: Annotated[Path, typer.Option(help="The directory to write.")],
     weight: WeightOption = None,
     dtype: Annotated[Dtype, typer.Option(help="`auto` keeps each tensor's stored type.")] = Dtype.auto,
+    onto: Annotated[
+        Onto, typer.Option(help="`int8` adds to what the base means in 8 bits, where it was trained.")
+    ] = Onto.original,
     shard_size: Annotated[str, typer.Option(help="The largest file, in decimal units.")] = "5GB",
     memory: Annotated[str, typer.Option(help="What the stream may hold.")] = "1GB",
-    proof: Annotated[Proof, typer.Option(help="Read the output again and prove every tensor.")] = Proof.full,
+    proof: Annotated[Proof, typer.Option(help="`full` reads the output again and proves every tensor.")] = Proof.full,
     template: Annotated[str | None, typer.Option(help="A chat template's name (`alpaca`) or text.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the plan and write nothing.")] = False,
     force: ForceOption = False,
@@ -147,6 +155,7 @@ def merge(
             adapter=adapter,
             weight=weight or (),
             dtype=dtype,
+            onto=onto.value,
             shard_size=_size(shard_size),
             memory=_size(memory),
             progress=progress,
@@ -158,6 +167,7 @@ def merge(
         out=out,
         weight=weight or (),
         dtype=dtype,
+        onto=onto.value,
         shard_size=_size(shard_size),
         memory=_size(memory),
         proof=proof.value,

@@ -7,8 +7,11 @@ from typing import Any
 
 from exporter.errors import ExporterError, InputRefused
 from exporter.merging.card import licence_of
+from exporter.merging.changes import AddVector, Change, LowRank, PeftLayer, ReplaceRows, WeightDecomposed
+from exporter.merging.estimate import estimate_merge
 from exporter.merging.merge import plan_sources, refuse_zero_factors
-from exporter.merging.plan import MergePlan
+from exporter.merging.plan import MergePlan, Onto, OutputTensor
+from exporter.merging.request import MergeOptions
 from exporter.progress import SILENT, Progress
 from exporter.sources.hub import Source, resolve
 from exporter.sources.tokenizer import tokenizer_files
@@ -27,7 +30,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """disk, memory: bytes that `merge` needs. changed: weights with rank and scale. problems: what would stop it."""
+    """disk, memory: bytes that `merge` needs. seconds: about how long it takes, from this machine's own rates.
+
+    changed: weights and what is done to each. problems: what would stop the merge.
+    """
 
     base: Part | None
     adapters: tuple[Part, ...]
@@ -39,6 +45,9 @@ class Inspection:
     shards: int
     disk: int
     memory: int
+    seconds: float
+    vocab_size: int | None
+    untied: tuple[str, ...]
     problems: tuple[str, ...]
     exit_code: int = 0
 
@@ -52,6 +61,7 @@ def inspect(
     adapter: str | Path | Sequence[str | Path],
     weight: Sequence[float] = (),
     dtype: str = "auto",
+    onto: Onto = "original",
     shard_size: int = 5_000_000_000,
     memory: int = 1_000_000_000,
     progress: Progress = SILENT,
@@ -67,7 +77,8 @@ def inspect(
     try:
         base_source = resolve(base, kind="base", progress=progress)
         sources = [resolve(one, kind="adapter", progress=progress) for one in adapters]
-        plan = plan_sources(base_source, sources, weight, dtype=dtype, shard_size=shard_size)
+        options = MergeOptions(tuple(weight), dtype, onto, shard_size, memory)
+        plan = plan_sources(base_source, sources, options)
     except ExporterError as error:
         problems.append(error)
     for check in (_zero_factors, _tokenizer):
@@ -93,18 +104,9 @@ def _describe(
     texts = tuple(str(problem) for problem in problems)
     code = problems[0].exit_code if problems else 0
     if base is None or plan is None:
-        return Inspection(None, (), "unknown", 0, (), 0, {}, 0, 0, 0, texts, code)
-    changed = tuple(
-        {
-            "name": tensor.name,
-            "shape": list(tensor.shape),
-            "dtype": tensor.dtype,
-            "rank": [w.factors.rank for w in tensor.deltas],
-            "scale": [w.scale for w in tensor.deltas],
-            "orientation": tensor.deltas[0].orientation,
-        }
-        for tensor in plan.changed
-    )
+        return Inspection(None, (), "unknown", 0, (), 0, {}, 0, 0, 0, 0.0, None, (), texts, code)
+    changed = tuple(_describe_tensor(tensor) for tensor in plan.changed)
+    estimate = estimate_merge(plan, memory)
     parts = []
     for source, (adapter, _) in zip(adapters, plan.adapters, strict=True):
         size = sum(info.nbytes for info in adapter.tensors.values())
@@ -127,7 +129,39 @@ def _describe(
         dropped=dict(plan.dropped),
         shards=len(plan.shards),
         disk=plan.nbytes + (16 << 20),
-        memory=memory,
+        memory=estimate.memory,
+        seconds=estimate.seconds,
+        vocab_size=plan.vocab_size,
+        untied=plan.untied,
         problems=texts,
         exit_code=code,
     )
+
+
+def _describe_tensor(tensor: OutputTensor) -> dict[str, Any]:
+    """rank, scale: one for each LoRA that is added."""
+    low_rank = [c.low_rank if isinstance(c, WeightDecomposed) else c for c in tensor.changes]
+    factors = [change for change in low_rank if isinstance(change, LowRank)]
+    return {
+        "name": tensor.name,
+        "shape": list(tensor.shape),
+        "dtype": tensor.dtype,
+        "how": [*(["replaced"] if tensor.source is not tensor.base else []), *map(_name_change, tensor.changes)],
+        "rank": [change.rank for change in factors],
+        "scale": [change.scale for change in factors],
+        "orientation": factors[0].orientation if factors else None,
+    }
+
+
+def _name_change(change: Change) -> str:
+    match change:
+        case LowRank():
+            return "LoRA" if change.experts == 1 else f"LoRA of {change.experts} experts"
+        case WeightDecomposed():
+            return "DoRA"
+        case AddVector():
+            return "bias of B"
+        case ReplaceRows():
+            return f"{len(change.rows)} tokens"
+        case PeftLayer():
+            return change.method

@@ -180,26 +180,24 @@ class _Run:
             "adapters": [_stamps(source.directory) for source in adapters],
             "weights": [one.weight for one in self.spec.adapter],
             "dtype": spec.dtype,
+            "onto": spec.onto,
             "shard_size": spec.shard_size,
             "template": self.spec.prompt.template,
         }
 
         def work() -> Mapping[str, Any]:
             from exporter.merging.merge import merge_sources
+            from exporter.merging.request import MergeOptions
 
-            merged = merge_sources(
-                base,
-                adapters,
-                self.merged,
-                weights=[one.weight for one in self.spec.adapter],
+            options = MergeOptions(
+                weights=tuple(one.weight for one in self.spec.adapter),
                 dtype=spec.dtype,
+                onto=spec.onto,
                 shard_size=spec.shard_size,
                 memory=spec.memory,
-                proof="full",
                 template=self.spec.prompt.template,
-                force=True,
-                progress=self.progress,
             )
+            merged = merge_sources(base, adapters, self.merged, options, force=True, progress=self.progress)
             return {f"merged/{name}": entry for name, entry in merged.section["files"].items()}
 
         return self._stage("merge", request, work)

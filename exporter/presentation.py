@@ -40,11 +40,15 @@ def inspection(found: "Inspection") -> str:
         for part in found.adapters:
             lines.append(f"adapter   {part.source}  {_size(part.nbytes, part.tensors)}  {part.licence}")
         lines.append(f"model     {found.architecture}, {found.parameters / 1e6:,.1f} M parameters")
-        lines.append(f"changed   {len(found.changed)} matrices: {_group(found.changed)}")
+        lines.append(f"changed   {len(found.changed)} tensors: {_group(found.changed)}")
+        if found.vocab_size is not None:
+            lines.append(f"vocab     {found.vocab_size} tokens, as in the adapter's embeddings")
+        if found.untied:
+            lines.append(f"untied    {', '.join(found.untied)}: the adapter changes one of two tied weights")
         lines.append(f"untouched {found.untouched} tensors, {len(found.dropped)} dropped")
         lines.append(
             f"output    {human_bytes(found.disk)} on disk in {found.shards} shard{'s' * (found.shards != 1)}, "
-            f"at most {human_bytes(found.memory)} of memory for tensors"
+            f"at most {human_bytes(found.memory)} of memory for tensors, about {max(1, found.seconds):.0f} s here"
         )
         lines += [f"dropped   {name}: {reason}" for name, reason in list(found.dropped.items())[:4]]
     lines += [f"problem   {problem}" for problem in found.problems]
@@ -56,23 +60,33 @@ def _size(nbytes: int, tensors: int) -> str:
 
 
 def _group(changed: tuple[Mapping[str, Any], ...]) -> str:
-    kinds = sorted({(c["name"].split(".")[-2], tuple(c["rank"]), tuple(c["scale"]), c["orientation"]) for c in changed})
-    return "; ".join(
-        f"{module} (r={', '.join(map(str, ranks))}, scale {', '.join(f'{s:g}' for s in scales)}, {orientation})"
-        for module, ranks, scales, orientation in kinds
-    )
+    kinds: dict[str, int] = {}
+    for entry in changed:
+        parts = [*entry["how"]]
+        if entry["rank"]:
+            scales = ", ".join(f"{scale:g}" for scale in entry["scale"])
+            parts.append(f"r={', '.join(map(str, entry['rank']))}, scale {scales}, {entry['orientation']}")
+        name = entry["name"].split(".")
+        kind = f"{name[-2] if len(name) > 1 else name[0]} ({', '.join(parts)})"
+        kinds[kind] = kinds.get(kind, 0) + 1
+    return "; ".join(f"{count} x {kind}" if count > 1 else kind for kind, count in sorted(kinds.items()))
 
 
 def merged(result: "MergedCheckpoint") -> str:
     if result.skipped:
         return f"{result.directory}: this merge is there and unchanged, nothing to do"
     tensors = result.section["tensors"]
-    ratios = [t["rounding_norm"] / t["delta_norm"] for t in tensors.values() if t.get("delta_norm")]
+    kept = {name: entry["kept"] for name, entry in tensors.items() if "kept" in entry}
+    changed = len(result.plan.changed)
     proof = f"{len(tensors)} tensors read again and proven" if result.section["proof"] else "not proven (--proof none)"
-    return (
-        f"{result.directory}: {len(ratios)} of {len(tensors)} tensors changed, {proof}\n"
-        f"rounding took {max(ratios, default=0):.2%} of a delta at most"
-    )
+    lines = [f"{result.directory}: {changed} of {len(tensors)} tensors changed, {proof}"]
+    if kept:
+        worst = min(kept, key=kept.__getitem__)
+        lines.append(f"rounding kept {kept[worst]:.2%} of a delta or more, least in {worst}")
+    swallowed = result.section["swallowed"]
+    if swallowed:
+        lines.append(f"WARNING: rounding swallowed more than half of the delta in {len(swallowed)} tensors")
+    return "\n".join(lines)
 
 
 def bundles(made: Bundles) -> str:

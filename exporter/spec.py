@@ -46,7 +46,7 @@ class AdapterSpec(_Frozen):
 
 class MergeSpec(_Frozen):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    onto: Literal["original"] = "original"
+    onto: Literal["original", "int8"] = "original"
     shard_size: int = 5_000_000_000
     memory: int = 1_000_000_000
 
@@ -118,6 +118,7 @@ def read_spec(path: Path) -> Spec:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise InputRefused(
             f"{path}: {wrong}",
-            expected="[base] source, revision; [adapter] source, revision, weight; [merge] dtype, shard_size, memory; "
-            "[prompt] template; [export] precisions, targets; [verify] level, reference, prompts; [output] dir",
+            expected="[base] source, revision; [adapter] source, revision, weight; "
+            "[merge] dtype, onto, shard_size, memory; [prompt] template; [export] precisions, targets; "
+            "[verify] level, reference, prompts; [output] dir",
         ) from error

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,78 @@ import yaml
 from huggingface_hub import metadata_load
 from transformers import AutoConfig, GenerationConfig
 
+from exporter import prompts
+from exporter.errors import UsageError
 from exporter.merging.plan import DTYPES, MergePlan
+from exporter.progress import Progress
+from exporter.sources.adapter import Adapter
+from exporter.sources.hub import Source
+from exporter.sources.tokenizer import build_tokenizer_json, tokenizer_files
+
+
+def small_files(
+    plan: MergePlan,
+    base: Source,
+    adapters: Sequence[Source],
+    dtype: str,
+    template: str | None,
+    progress: Progress,
+) -> dict[str, bytes]:
+    """Everything beside the weights, by file name."""
+    files = {
+        "config.json": config_bytes(plan, dtype),
+        "generation_config.json": generation_config_bytes(base.directory),
+    }
+    if len(plan.shards) > 1:
+        files["model.safetensors.index.json"] = index_bytes(plan)
+    adapter_directories = [source.directory for source in adapters]
+    chosen = tokenizer_files(base.directory, adapter_directories)
+    for path in chosen.files:
+        files[path.name] = path.read_bytes()
+    if "tokenizer.json" not in files:
+        progress.note(f"{chosen.directory} has no tokenizer.json: it is built from its vocabulary")
+        files["tokenizer.json"] = build_tokenizer_json(chosen.directory)
+    text = choose_template(template, [*adapter_directories, base.directory])
+    if text is not None:
+        files["chat_template.jinja"] = text.encode()
+    files["README.md"] = model_card(
+        base.id or base.directory.name,
+        licence_of(base.directory),
+        [_card_row(source, *pair) for source, pair in zip(adapters, plan.adapters, strict=True)],
+        plan.config_dtype,
+        len(plan.changed),
+    )
+    return files
+
+
+def choose_template(template: str | None, directories: Sequence[Path]) -> str | None:
+    """The named or given template, else the first that a directory has, else None: it is never invented."""
+    if template is not None:
+        if template in prompts.TEMPLATES:
+            return prompts.TEMPLATES[template]
+        if "{" not in template:
+            raise UsageError(f"no chat template is named {template!r}", expected=", ".join(prompts.TEMPLATES))
+        return template
+    return next((text for directory in directories if (text := prompts.chat_template(directory)) is not None), None)
 
 
 def config_bytes(plan: MergePlan, dtype: str) -> bytes:
-    """The base's own JSON, byte for byte unless the data type changed."""
-    original = (plan.base.directory / "config.json").read_bytes()
-    if dtype == "auto" or all(t.dtype == t.source.dtype for t in plan.tensors):
-        return original
+    """The base's own JSON, byte for byte unless the data type, the vocabulary or the tie of embeddings changed."""
+    changes: dict[str, Any] = {}
+    if dtype != "auto" and any(t.dtype != t.base.dtype for t in plan.tensors):
+        key = "dtype" if "dtype" in plan.base.config else "torch_dtype"
+        changes[key] = next(name for name, code in DTYPES.items() if code == DTYPES[dtype])
+    if plan.vocab_size is not None:
+        changes["vocab_size"] = plan.vocab_size
+    if plan.untied:
+        changes["tie_word_embeddings"] = False
+    if not changes:
+        return (plan.base.directory / "config.json").read_bytes()
     config = dict(plan.base.config)
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    config[key] = next(name for name, code in DTYPES.items() if code == DTYPES[dtype])
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    text = config.get("text_config")
+    if isinstance(text, dict) and "vocab_size" in text and "vocab_size" in changes:  # a model of several parts
+        config["text_config"] = {**text, "vocab_size": changes.pop("vocab_size")}
+    return (json.dumps({**config, **changes}, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def generation_config_bytes(base: Path) -> bytes:
@@ -59,21 +120,35 @@ def licence_of(directory: Path) -> str:
     return licence if isinstance(licence, str) else "unknown"
 
 
-def model_card(
-    base: str, base_licence: str, adapters: Sequence[tuple[str, str, float, int, float]], dtype: str, changed: int
-) -> bytes:
-    """README.md of the merged checkpoint. adapters: (name, licence, weight, rank, alpha)."""
-    rows = "\n".join(
-        f"| adapter | {name} | {licence} | r={rank}, alpha={alpha:g}, weight {weight:g} |"
-        for name, licence, weight, rank, alpha in adapters
-    )
-    licences = sorted({base_licence, *(licence for _, licence, *_ in adapters)})
+@dataclass(frozen=True, slots=True)
+class CardRow:
+    """One adapter as the model card names it. how: its method and numbers."""
+
+    name: str
+    licence: str
+    how: str
+
+
+def _card_row(source: Source, adapter: Adapter, weight: float) -> CardRow:
+    numbers = [
+        f"{label}={adapter.config[key]:g}"
+        for key, label in (("r", "r"), ("lora_alpha", "alpha"))
+        if isinstance(adapter.config.get(key), int | float)
+    ]
+    how = ", ".join([adapter.method, *numbers, f"weight {weight:g}"])
+    return CardRow(source.id or source.directory.name, licence_of(source.directory), how)
+
+
+def model_card(base: str, base_licence: str, adapters: Sequence[CardRow], dtype: str, changed: int) -> bytes:
+    """README.md of the merged checkpoint."""
+    rows = "\n".join(f"| adapter | {row.name} | {row.licence} | {row.how} |" for row in adapters)
+    licences = sorted({base_licence, *(row.licence for row in adapters)})
     front = (
         f"---\nlibrary_name: transformers\nlicense: other\nlicense_name: {json.dumps(' + '.join(licences))}\n---\n\n"
     )
     return (
         front
-        + f"""# {Path(base).name} with {", ".join(Path(name).name for name, *_ in adapters)} merged
+        + f"""# {Path(base).name} with {", ".join(Path(row.name).name for row in adapters)} merged
 
 | part | source | licence | |
 |---|---|---|---|
@@ -82,7 +157,8 @@ def model_card(
 
 The terms of **both** licences apply to these weights.
 
-Made by Exporter: W' = round(W + sum of weight * alpha/r * B A), accumulated in float32 and rounded once to {dtype}.
-{changed} matrices changed; every other tensor is the base's, byte for byte. `exporter.json` lists the digest of each.
+Made by Exporter: W' = round(W + delta), for LoRA W + sum of weight * alpha/r * B A, accumulated in float32 and rounded
+once to {dtype}.
+{changed} tensors changed; every other tensor is the base's, byte for byte. `exporter.json` lists the digest of each.
 """
     ).encode()

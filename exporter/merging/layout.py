@@ -5,7 +5,7 @@ the data starts at a multiple of 4096, and tensors whose size is a multiple of 4
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from exporter.sources.tensors import item_size
@@ -57,3 +57,15 @@ def lay_out(slots: Iterable[Slot]) -> ShardLayout:
 
 def _save_order(slot: Slot) -> tuple[int, str]:
     return -item_size(slot.dtype), slot.name
+
+
+def unaligned(layouts: Sequence[ShardLayout]) -> list[str]:
+    """Tensors of a page or more that start elsewhere than at a multiple of 4096."""
+    found = []
+    for layout in layouts:
+        ends = [*(layout.offsets[name] for name in layout.order[1:]), layout.size]
+        for name, end in zip(layout.order, ends, strict=True):
+            start = layout.offsets[name]
+            if start % ALIGNMENT and end - start >= ALIGNMENT:
+                found.append(name)
+    return found

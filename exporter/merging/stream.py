@@ -3,150 +3,203 @@
 import hashlib
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 
 from exporter.errors import EnvironmentLacking, InputRefused
-from exporter.merging.delta import ROW_BLOCK, add_and_round, lora_delta_rows
+from exporter.merging.blocks import BLOCK, BlockWriter
+from exporter.merging.changes import LowRank, PeftLayer
+from exporter.merging.delta import BLOCK_ELEMENTS, Update, prepare, prepare_int8, row_blocks
 from exporter.merging.layout import ShardLayout
-from exporter.merging.plan import OutputTensor, WeightedFactors
+from exporter.merging.modules import ModelLayout
+from exporter.merging.plan import OutputTensor
+from exporter.merging.tuners import prepare_peft
 from exporter.progress import Task
-from exporter.sources.tensors import DTYPES, FLOATS, read_bytes, read_rows, read_tensor
+from exporter.sources.tensors import DTYPES, FLOATS, item_size, read_into
 
-# The memory of a block is its bytes read, its fp32 copy, the delta and the sum: about 16 bytes an element.
-ELEMENT_COST = 20
-COPY_BLOCK = 16 << 20
+# Bytes for each value of a block under way: read, float32 twice, the delta, the output.
+ELEMENT_COST = 24
+MAX_BLOCKS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenTensor:
-    """sha256 of the output's bytes. For a changed tensor: norms in float64 of what was asked for and what rounding did.
+    """What stands in the file. sha256, source_sha256: of the output's and the source's bytes, None where not asked for.
 
-    delta_norm = ||delta||, rounding_norm = ||(W' - W) - delta||; their ratio is the share of the delta that was lost.
+    checksum: XXH3-128 of the output's bytes, which the proof compares. For a changed tensor, in float32 and summed in
+    float64: delta_norm = ||S - W||, rounding_norm = ||W' - S||, with S = W + delta before its rounding to W'; their
+    ratio is the share of the delta that rounding lost.
     """
 
     name: str
-    sha256: str
-    source_sha256: str
+    sha256: str | None
+    source_sha256: str | None
+    checksum: str | None
     delta_norm: float = 0.0
     rounding_norm: float = 0.0
 
 
 def write_shard(
-    path: Path, layout: ShardLayout, tensors: tuple[OutputTensor, ...], memory: int, task: Task
-) -> tuple[list[WrittenTensor], str]:
-    """Write `path` and return what each tensor became and the file's SHA-256. `memory` bounds the blocks, in bytes.
+    path: Path,
+    shard: ShardLayout,
+    tensors: tuple[OutputTensor, ...],
+    model: ModelLayout,
+    *,
+    memory: int,
+    hashed: bool,
+    task: Task,
+) -> list[WrittenTensor]:
+    """Write `path`, synced to the disk, and return what each tensor became.
 
-    Raises InputRefused (non-finite or overflowing values, all by name), EnvironmentLacking (disk full, read error).
+    memory: bytes that blocks under way may take. hashed: with digests and a look at every value for NaN and infinity;
+    else untouched bytes are only moved. Raises InputRefused (non-finite or overflowing values, a source that ends
+    early, all by name) and EnvironmentLacking (disk full, read error).
     """
     by_name = {tensor.name: tensor for tensor in tensors}
-    whole = hashlib.sha256(layout.header)
-    written = []
-    try:
-        with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
-            _write_all(file.fileno(), layout.header)
-            for name in layout.order:
-                sink = _Sink(file.fileno(), whole, hasher, task)
-                written.append(_write_tensor(by_name[name], memory, sink))
-    except OSError as error:
-        raise EnvironmentLacking(
-            f"writing {path.name.strip('.').removesuffix('.partial')} failed: {error.strerror or error}",
-            todo="free disk space or check the disk, then run the same command again",
-        ) from error
-    return written, whole.hexdigest()
+    digests = [_Digest(name) for name in shard.order]
+    with single_threaded(), _environment_errors(path), ExitStack() as stack:
+        target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        stack.callback(os.close, target)
+        writer = BlockWriter(target, max(2, min(MAX_BLOCKS, memory // 4 // BLOCK)), task.advance)
+        stack.callback(writer.close)
+        stream = _Stream(writer, model, block_elements(memory), hashed)
+        stack.callback(stream.close)
+        writer.put(memoryview(shard.header), 0)
+        for digest in digests:
+            stream.put(by_name[digest.name], shard.offsets[digest.name], digest)
+        writer.finish()
+    return [digest.written(by_name[digest.name], hashed) for digest in digests]
 
 
-class _Sink:
-    """Writes blocks in order while another thread hashes them."""
-
-    def __init__(self, handle: int, whole: "hashlib._Hash", hasher: ThreadPoolExecutor, task: Task) -> None:
-        self.handle, self.whole, self.hasher, self.task = handle, whole, hasher, task
-        self.digest = hashlib.sha256()
-
-    def put(self, data: memoryview) -> None:
-        hashed = self.hasher.submit(self._hash, data)
-        _write_all(self.handle, data)
-        hashed.result()
-        self.task.advance(len(data))
-
-    def _hash(self, data: memoryview) -> None:
-        self.digest.update(data)
-        self.whole.update(data)
+def block_elements(memory: int) -> int:
+    """Values in one block of arithmetic, so that it takes a part of `memory` bytes."""
+    return max(1, min(BLOCK_ELEMENTS, memory // 2 // ELEMENT_COST))
 
 
-def _write_all(handle: int, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while len(view):
-        view = view[os.write(handle, view) :]
-
-
-def _as_bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _write_tensor(tensor: OutputTensor, memory: int, sink: _Sink) -> WrittenTensor:
-    if tensor.is_copied:
-        for block in _copied_blocks(tensor):
-            sink.put(block)
-        digest = sink.digest.hexdigest()
-        return WrittenTensor(tensor.name, digest, digest)
-    source_digest = hashlib.sha256()
-    factors = [(read_factors(weighted), weighted) for weighted in tensor.deltas]
-    delta_square = rounding_square = 0.0
-    for start, stop in row_blocks(tensor, memory):
-        stored = read_rows(tensor.source, start, stop) if tensor.shape else read_tensor(tensor.source)
-        source_digest.update(_as_bytes(stored))
-        deltas = [lora_delta_rows(*pair, w.scale, w.orientation, start, stop) for pair, w in factors]
-        output = add_and_round(stored, deltas, DTYPES[tensor.dtype])
-        _check_finite(tensor, stored, output)
-        sink.put(_as_bytes(output))
-        if deltas:
-            delta = torch.stack(deltas).sum(0) if len(deltas) > 1 else deltas[0]
-            delta_square += float(delta.double().square().sum())
-            lost = output.double() - stored.double() - delta.double()
-            rounding_square += float(lost.square().sum())
-    return WrittenTensor(
-        tensor.name, sink.digest.hexdigest(), source_digest.hexdigest(), delta_square**0.5, rounding_square**0.5
-    )
-
-
-def read_factors(weighted: WeightedFactors) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (r, in) and B (out, r) in float32. InputRefused where one holds a value that is not finite."""
-    pair = []
-    for info in (weighted.factors.down, weighted.factors.up):
-        factor = read_tensor(info).to(torch.float32)
-        if not torch.isfinite(factor).all():
-            raise InputRefused(f"the adapter's {info.name!r} holds NaN or infinity", expected="finite factors")
-        pair.append(factor)
-    return pair[0], pair[1]
-
-
-def row_blocks(tensor: OutputTensor, memory: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows whose arithmetic fits into `memory` bytes, each a multiple of ROW_BLOCK rows but the last."""
-    rows = tensor.source.rows
-    elements = max(1, tensor.source.row_bytes // DTYPES[tensor.source.dtype].itemsize)
-    fitting = memory // (elements * ELEMENT_COST)
-    step = max(ROW_BLOCK, fitting // ROW_BLOCK * ROW_BLOCK)
-    for start in range(0, rows, step):
-        yield start, min(rows, start + step)
-
-
-def _copied_blocks(tensor: OutputTensor) -> Iterator[memoryview]:
+def tensor_blocks(tensor: OutputTensor, elements: int) -> list[tuple[int, int]]:
+    """Ranges of rows in which a changed tensor is computed, here and in the proof."""
     source = tensor.source
-    for start in range(0, source.nbytes, COPY_BLOCK):
-        data = read_bytes(source.file, source.offset + start, min(COPY_BLOCK, source.nbytes - start))
-        if source.dtype in FLOATS:
-            values = torch.frombuffer(data, dtype=DTYPES[source.dtype])
-            if not all_finite(values):
-                raise InputRefused(
-                    f"the base's {source.name!r} holds NaN or infinity",
-                    expected="finite weights",
-                    todo="fetch it again",
-                )
-        yield memoryview(data)
+    columns = source.row_bytes // item_size(source.dtype)
+    whole = any(isinstance(change, PeftLayer) for change in tensor.changes)
+    stacked = any(isinstance(change, LowRank) and change.experts > 1 for change in tensor.changes)
+    group = source.shape[-2] if stacked else source.rows
+    return row_blocks(source.rows, columns, group=group, whole=whole, elements=elements)
+
+
+def prepare_updates(tensor: OutputTensor, model: ModelLayout, dtype: torch.dtype, elements: int) -> list[Update]:
+    """The updates of a tensor's changes, in order, with factors in `dtype`."""
+    return [
+        prepare_peft(change, model)
+        if isinstance(change, PeftLayer)
+        else prepare(change, tensor.source, tensor.onto, dtype, elements)
+        for change in tensor.changes
+    ]
+
+
+class _Stream:
+    """One shard on its way. Files of the base stay open, so that one replaced meanwhile is read as it was."""
+
+    def __init__(self, writer: BlockWriter, model: ModelLayout, elements: int, hashed: bool) -> None:
+        self.writer, self.model, self.elements, self.hashed = writer, model, elements, hashed
+        self.handles: dict[Path, int] = {}
+
+    def close(self) -> None:
+        for handle in self.handles.values():
+            os.close(handle)
+
+    def put(self, tensor: OutputTensor, offset: int, digest: "_Digest") -> None:
+        handle = self._handle(tensor.source.file)
+        if not tensor.is_copied:
+            self._compute(tensor, offset, digest, handle)
+        elif self.hashed:
+            self._copy(tensor, offset, digest, handle)
+        else:
+            self.writer.move(handle, tensor.source.offset, tensor.nbytes, offset)
+
+    def _handle(self, file: Path) -> int:
+        if file not in self.handles:
+            self.handles[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            os.posix_fadvise(self.handles[file], 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return self.handles[file]
+
+    def _copy(self, tensor: OutputTensor, offset: int, digest: "_Digest", handle: int) -> None:
+        source = tensor.source
+        for start in range(0, source.nbytes, BLOCK):
+            buffer = self.writer.take()
+            block = memoryview(buffer)[: min(BLOCK, source.nbytes - start)]
+            read_into(handle, block, source.offset + start, source.file)
+            self.writer.put(block, offset + start, lambda block=block: digest.copied(block, tensor), buffer)
+
+    def _compute(self, tensor: OutputTensor, offset: int, digest: "_Digest", handle: int) -> None:
+        source = tensor.source
+        onto = prepare_int8(tensor.onto, source, self.elements) if tensor.onto else None
+        updates = prepare_updates(tensor, self.model, torch.float32, self.elements)
+        for start, stop in tensor_blocks(tensor, self.elements):
+            raw = bytearray((stop - start) * source.row_bytes)
+            read_into(handle, memoryview(raw), source.offset + start * source.row_bytes, source.file)
+            stored = torch.frombuffer(raw, dtype=DTYPES[source.dtype]).reshape(stop - start, *source.row_shape)
+            before = stored.to(torch.float32)
+            if onto is not None:
+                before = onto(before, start, stop)
+            total = before.clone() if updates else before
+            for update in updates:
+                total = update(total, start, stop)
+            output = total.to(DTYPES[tensor.dtype])
+            _check_finite(tensor, stored, output)
+            if updates:
+                digest.measure(before, total, output)
+            block = as_bytes(output)
+            digesting = (lambda raw=raw, block=block: digest.computed(raw, block)) if self.hashed else None
+            self.writer.put(block, offset, digesting)
+            offset += len(block)
+
+
+class _Digest:
+    """A tensor's digests as its blocks go by."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.sha256, self.source_sha256, self.checksum = hashlib.sha256(), hashlib.sha256(), xxhash.xxh3_128()
+        self.delta_square = self.rounding_square = 0.0
+
+    def copied(self, block: memoryview, tensor: OutputTensor) -> None:
+        if tensor.source.dtype in FLOATS and not all_finite(torch.frombuffer(block, dtype=DTYPES[tensor.dtype])):
+            _refuse_non_finite(tensor)
+        self.sha256.update(block)
+        self.checksum.update(block)
+
+    def computed(self, raw: bytearray, block: memoryview) -> None:
+        self.source_sha256.update(raw)
+        self.sha256.update(block)
+        self.checksum.update(block)
+
+    def measure(self, before: torch.Tensor, total: torch.Tensor, output: torch.Tensor) -> None:
+        """Add one block to the norms of what was asked for and what its rounding did."""
+        self.delta_square += square_sum(total - before)
+        self.rounding_square += square_sum(output.to(torch.float32) - total)
+
+    def written(self, tensor: OutputTensor, hashed: bool) -> WrittenTensor:
+        norms = self.delta_square**0.5, self.rounding_square**0.5
+        if not hashed:
+            return WrittenTensor(self.name, None, None, None, *norms)
+        sha256 = self.sha256.hexdigest()
+        source = sha256 if tensor.is_copied else self.source_sha256.hexdigest()
+        return WrittenTensor(self.name, sha256, source, self.checksum.hexdigest(), *norms)
+
+
+def square_sum(values: torch.Tensor) -> float:
+    """Sum of squares of a block: float32 within rows, float64 over them."""
+    if values.ndim < 2:
+        return float(values.double().square().sum())
+    return float(torch.linalg.vector_norm(values, dim=-1).double().square().sum())
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def all_finite(values: torch.Tensor) -> bool:
@@ -155,14 +208,43 @@ def all_finite(values: torch.Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """One thread for torch: the stream has threads of its own, and sums do not depend on the number of processors."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _environment_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except EOFError as error:
+        raise InputRefused("a file of the base ended inside a tensor", todo="fetch or copy the file again") from error
+    except OSError as error:
+        raise EnvironmentLacking(
+            f"writing {path.name.removeprefix('.').removesuffix('.partial')} failed: {error.strerror or error}",
+            todo="free disk space or check the disk, then run the same command again: finished shards are kept",
+        ) from error
+
+
 def _check_finite(tensor: OutputTensor, stored: torch.Tensor, output: torch.Tensor) -> None:
     if stored.is_floating_point() and not all_finite(stored):
-        raise InputRefused(
-            f"the base's {tensor.source.name!r} holds NaN or infinity", expected="finite weights", todo="fetch it again"
-        )
+        _refuse_non_finite(tensor)
     if output.is_floating_point() and not all_finite(output):
         raise InputRefused(
             f"{tensor.name!r} overflows in {tensor.dtype}",
             expected=f"values up to {torch.finfo(output.dtype).max:.0f}",
             todo="choose --dtype bfloat16 or float32",
         )
+
+
+def _refuse_non_finite(tensor: OutputTensor) -> None:
+    owner = "base" if tensor.source is tensor.base else "adapter"
+    raise InputRefused(
+        f"the {owner}'s {tensor.source.name!r} holds NaN or infinity", expected="finite weights", todo="fetch it again"
+    )

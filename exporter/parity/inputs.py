@@ -14,7 +14,7 @@ from exporter.parity.bundles import Bundle
 from exporter.parity.documents import LEVELS, PACKAGED, Document, Level, build_documents, level_rows, read_rows
 from exporter.progress import SILENT, Progress
 from exporter.prompts import chat_template
-from exporter.sources.adapter import Adapter, open_adapter
+from exporter.sources.adapter import LORA, Adapter, open_adapter
 from exporter.sources.checkpoint import Checkpoint, open_checkpoint, read_json, read_tensor
 from exporter.sources.hub import resolve
 from exporter.sources.tokenizer import TOKENIZER_JSON, build_tokenizer_json, tokenizer_files
@@ -166,13 +166,15 @@ def check_bundle_inputs(bundle: Bundle, pair: Pair, documents: Sequence[Document
 
 
 def _require_change(adapter: Adapter) -> None:
-    alive = False
-    for factors in adapter.factors.values():
-        down, up = read_tensor(factors.down).float(), read_tensor(factors.up).float()
-        if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
-            raise InputRefused(f"{factors.module}: the adapter holds NaN or infinity", expected="finite factors")
-        alive = alive or bool(down.any() and up.any() and factors.scale != 0)
-    if not alive:
+    """Factors that are all zero on one side add nothing. Other methods are judged by the weights they change."""
+    alive = {"lora_A": False, "lora_B": False}
+    for name, info in adapter.tensors.items():
+        factor = read_tensor(info).float()
+        if not torch.isfinite(factor).all():
+            raise InputRefused(f"{name}: the adapter holds NaN or infinity", expected="finite factors")
+        for kind in alive:
+            alive[kind] = alive[kind] or (kind in name and bool(factor.any()))
+    if adapter.method == LORA and not all(alive.values()):
         raise InputRefused(
             f"the adapter in {adapter.directory} changes nothing: every B (or A) is zero",
             expected="a trained adapter",

@@ -1,6 +1,6 @@
-"""A PEFT adapter directory, typed: its configuration, every field handled or refused, and its tensors by module."""
+"""A PEFT adapter directory, typed: its configuration, every field handled or refused by name, and its tensors."""
 
-import re
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,102 +8,82 @@ from typing import Any
 
 from exporter.errors import InputRefused
 from exporter.sources.checkpoint import read_headers, read_json
-from exporter.sources.tensors import FLOATS, TensorInfo
+from exporter.sources.tensors import TensorInfo
 
 CONFIG = "adapter_config.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
+WRAPPER = "base_model.model."
 
 # Fields that say nothing about the merged weights: bookkeeping, training, and how a rank was initialised.
 IRRELEVANT = frozenset(
     {
         "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version",
-        "peft_type", "lora_dropout", "modules_to_save", "layers_pattern", "megatron_core", "runtime_config",
-        "merge_weights", "exclude_modules", "target_modules", "layers_to_transform", "eva_config", "corda_config",
-        "loftq_config", "lora_ga_config", "ensure_weight_tying", "fan_in_fan_out",
+        "lora_dropout", "layers_pattern", "megatron_core", "runtime_config", "merge_weights", "exclude_modules",
+        "layers_to_transform", "eva_config", "corda_config", "loftq_config", "lora_ga_config", "ensure_weight_tying",
+        "fan_in_fan_out", "qalora_group_size",
     }
 )  # fmt: skip
-HANDLED = frozenset({"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"})
-# Fields that change the weights in ways this version does not merge, with the value that leaves them alone.
+HANDLED = frozenset(
+    {
+        "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "use_dora", "lora_bias",
+        "modules_to_save", "target_modules", "target_parameters", "trainable_token_indices",
+    }
+)  # fmt: skip
+# Fields of a LoRA that change the weights in ways no merge can follow, with the values that leave them alone.
 NEUTRAL: dict[str, tuple[object, ...]] = {
-    "bias": ("none", None),
-    # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA also replace the base's weights
+    # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA also replace the base's weights; PEFT converts such adapters when it saves
+    # them with path_initial_model_for_weight_conversion.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
     "layer_replication": (None, []),
-    "enable_lora": (None,),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
+    "enable_lora": (None,),  # MergedLinear of peft 0.1 and 0.2
     "megatron_config": (None,),
     "use_qalora": (False, None),
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
-    "qalora_group_size": (16, None),
     "use_bdlora": (False, None),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+    "kasa_config": (None,),
 }
-TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
-
-
-@dataclass(frozen=True, slots=True)
-class LoraFactors:
-    """The low-rank pair of one module. down is PEFT's A (r, in), up is PEFT's B (out, r); scale multiplies B A."""
-
-    module: str
-    down: TensorInfo
-    up: TensorInfo
-    rank: int
-    scale: float
+LORA, TRAINABLE_TOKENS = "LORA", "TRAINABLE_TOKENS"
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """`factors` by module name, as the adapter writes it after `base_model.model.`."""
+    """`method` is PEFT's peft_type. `tensors` by name without PEFT's wrapper prefix, otherwise as the file has them."""
 
     directory: Path
-    config: dict[str, Any]
+    config: Mapping[str, Any]
+    method: str
     file: Path
-    factors: Mapping[str, LoraFactors]
-
-    @property
-    def tensors(self) -> dict[str, TensorInfo]:
-        return {info.name: info for pair in self.factors.values() for info in (pair.down, pair.up)}
+    tensors: Mapping[str, TensorInfo]
 
 
 def open_adapter(directory: Path) -> Adapter:
-    """Read the configuration and the header; InputRefused names what is missing, unknown or not mergeable."""
+    """Read the configuration and the header; InputRefused names what is missing, unknown or malformed."""
     if not directory.is_dir():
         raise InputRefused(f"{directory} is not a directory", expected="a PEFT adapter directory")
     config = read_json(directory / CONFIG)
-    check_config(config, directory / CONFIG)
+    method = config.get("peft_type")
+    if not isinstance(method, str):
+        raise InputRefused(f"{directory / CONFIG} has peft_type {method!r}", expected="a method such as LORA")
+    if method == LORA:
+        check_lora_config(config, directory / CONFIG)
     files = [directory / name for name in FILES if (directory / name).is_file()]
     if not files:
         raise InputRefused(f"no adapter weights in {directory}", expected=" or ".join(FILES), todo="check the path")
-    tensors = read_headers(files[0])
-    return Adapter(directory, config, files[0], _factors(tensors, config, files[0]))
+    return Adapter(directory, config, method, files[0], _strip_wrapper(read_headers(files[0]), files[0]))
 
 
-def check_config(config: dict[str, Any], path: Path) -> None:
-    """Refuse by name every field that this merge would have to ignore."""
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise InputRefused(
-            f"{path} has peft_type {kind!r}",
-            expected="LORA",
-            todo="merge it with PEFT itself: model.merge_and_unload()",
-        )
+def check_lora_config(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse by name every field of a LoRA that a merge would have to ignore, and every malformed value."""
     for key, neutral in NEUTRAL.items():
         if key in config and config[key] not in neutral:
             raise InputRefused(
                 f"{path} sets {key} to {str(config[key])[:80]!r}",
-                expected=f"{key} unset: this version merges plain LoRA",
-                todo="merge this adapter with PEFT itself: model.merge_and_unload()",
+                expected=f"{key} unset: what it does to the weights cannot be merged",
+                todo="train or convert the adapter without it",
             )
-    if config.get("modules_to_save"):
-        raise InputRefused(
-            f"{path} sets modules_to_save to {config['modules_to_save']!r}",
-            expected="an adapter of LoRA factors only",
-            todo="merge this adapter with PEFT itself: model.merge_and_unload()",
-        )
     unknown = sorted(set(config) - IRRELEVANT - HANDLED - set(NEUTRAL))
     if unknown := [key for key in unknown if config[key]]:
         raise InputRefused(
@@ -114,73 +94,44 @@ def check_config(config: dict[str, Any], path: Path) -> None:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise InputRefused(f"{path} has r {rank!r}", expected="a rank of 1 or more")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < 1e9:
+    if not _is_finite_number(alpha):
         raise InputRefused(f"{path} has lora_alpha {alpha!r}", expected="a finite number")
+    _check_shapes_of_values(config, path)
+
+
+def _check_shapes_of_values(config: Mapping[str, Any], path: Path) -> None:
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
             raise InputRefused(f"{path} has {key} {config[key]!r}", expected="a map from module names to numbers")
+    for key in ("use_rslora", "use_dora", "lora_bias"):
+        if not isinstance(config.get(key) or False, bool):
+            raise InputRefused(f"{path} has {key} {config[key]!r}", expected="true or false")
+    for key in ("modules_to_save", "target_parameters"):
+        value = config.get(key) or []
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise InputRefused(f"{path} has {key} {str(value)[:80]!r}", expected="a list of names")
+    if config.get("bias") not in (None, "none", "all", "lora_only"):
+        raise InputRefused(f"{path} has bias {config['bias']!r}", expected="none, all or lora_only")
 
 
-def _module_name(name: str) -> str:
+def _is_finite_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) < 1e9
+
+
+def _strip_wrapper(tensors: Mapping[str, TensorInfo], file: Path) -> dict[str, TensorInfo]:
     """`base_model.model.` is PEFT's wrapper; it stands twice where a PeftModel was wrapped again."""
-    while name.startswith("base_model.model."):
-        name = name.removeprefix("base_model.model.")
-    return name.replace(".base_layer", "")
-
-
-def _factors(tensors: Mapping[str, TensorInfo], config: dict[str, Any], file: Path) -> dict[str, LoraFactors]:
-    pairs: dict[str, dict[str, TensorInfo]] = {}
-    names = set()
+    stripped: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
-        match = TENSOR.fullmatch(name)
-        if match is None:
-            raise InputRefused(
-                f"{file.name} holds {name!r}",
-                expected="tensors named <module>.lora_A.weight and <module>.lora_B.weight",
-                todo="merge this adapter with PEFT itself: model.merge_and_unload()",
-            )
-        names.add(match["adapter"])
-        if info.dtype not in FLOATS or len(info.shape) != 2:
-            raise InputRefused(f"{name!r} is {info.dtype} {list(info.shape)}", expected="a matrix of floats")
-        pairs.setdefault(_module_name(match["module"]), {})[match["factor"]] = info
-    if len(names) > 1:
-        raise InputRefused(f"{file.name} holds several adapters: {sorted(map(str, names))}", expected="one")
-    if not pairs:
+        short = name
+        while short.startswith(WRAPPER):
+            short = short.removeprefix(WRAPPER)
+        # Shared tensors such as VeRA's projections hang on the tuner itself: base_model.vera_A
+        short = short.removeprefix("base_model.")
+        if short in stripped:
+            raise InputRefused(f"{file.name} holds {short!r} twice", expected="each tensor once")
+        stripped[short] = info
+    if not stripped:
         raise InputRefused(
-            f"{file.name} holds no tensors", expected="LoRA factors", todo="check what was trained and saved"
+            f"{file.name} holds no tensors", expected="adapter weights", todo="check what was trained and saved"
         )
-    return {module: _pair(module, pair, config) for module, pair in sorted(pairs.items())}
-
-
-def _pair(module: str, pair: dict[str, TensorInfo], config: dict[str, Any]) -> LoraFactors:
-    for factor, other in (("A", "B"), ("B", "A")):
-        if factor not in pair:
-            raise InputRefused(
-                f"{module} has lora_{other} and no lora_{factor}", expected="both factors of every module"
-            )
-    down, up = pair["A"], pair["B"]
-    rank = _pattern(config.get("rank_pattern"), module, config["r"])
-    alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
-    if down.shape[0] != rank or up.shape[1] != rank:
-        raise InputRefused(
-            f"{module} has factors of shape {list(down.shape)} and {list(up.shape)}",
-            expected=f"rank {rank}, as {CONFIG} says",
-            todo="check that weights and configuration belong together",
-        )
-    # Hu et al., LoRA (2021): alpha/r. Kalajdzievski, rsLoRA (2023): alpha/sqrt(r).
-    scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
-    return LoraFactors(module, down, up, int(rank), float(scale))
-
-
-def _pattern(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's get_pattern_key: the first key that equals the module's name or its end after a dot, as a regex."""
-    for key, value in (pattern or {}).items():
-        try:
-            matched = re.match(rf"(.*\.)?({key})$", module)
-        except re.error as error:
-            raise InputRefused(f"the pattern {key!r} is not a regular expression ({error})") from error
-        if matched:
-            if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-                raise InputRefused(f"the pattern {key!r} has the value {value!r}", expected="a positive number")
-            return value
-    return default
+    return stripped

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from exporter.errors import InputRefused
+from exporter.errors import EnvironmentLacking, InputRefused
 
 # safetensors' names, in the order of its specification
 DTYPES: dict[str, torch.dtype] = {
@@ -49,44 +49,87 @@ class TensorInfo:
 
     @property
     def rows(self) -> int:
-        return self.shape[0] if self.shape else 1
+        """Rows of the tensor as a matrix: a stack of matrices (three dimensions or more) is taken row by row."""
+        return math.prod(self.shape[:-1]) if len(self.shape) > 2 else self.shape[0] if self.shape else 1
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return self.shape[-1:] if len(self.shape) > 1 else ()
 
     @property
     def row_bytes(self) -> int:
         return self.nbytes // self.rows if self.rows else 0
 
 
+def read_into(handle: int, buffer: memoryview, offset: int, file: Path) -> None:
+    """Fill `buffer` from `offset` of an open file. InputRefused if it ends before, EnvironmentLacking if it fails."""
+    done = 0
+    while done < len(buffer):
+        try:
+            got = os.preadv(handle, [buffer[done:]], offset + done)
+        except OSError as error:
+            raise EnvironmentLacking(
+                f"reading {file} at byte {offset + done} failed: {error.strerror}",
+                todo="check the disk, then run the same command again",
+            ) from error
+        if got == 0:
+            raise InputRefused(
+                f"{file} ends at byte {offset + done}, inside a tensor",
+                expected=f"{offset + len(buffer)} bytes or more",
+                todo="fetch or copy the file again",
+            )
+        done += got
+
+
 def read_bytes(file: Path, offset: int, count: int) -> bytearray:
     """`count` bytes at `offset`; InputRefused if the file ends before them."""
     data = bytearray(count)
-    view, done = memoryview(data), 0
     handle = os.open(file, os.O_RDONLY)
     try:
-        while done < count:
-            got = os.preadv(handle, [view[done:]], offset + done)
-            if got == 0:
-                raise InputRefused(
-                    f"{file} ends at byte {offset + done}, inside a tensor",
-                    expected=f"{offset + count} bytes or more",
-                    todo="fetch or copy the file again",
-                )
-            done += got
+        read_into(handle, memoryview(data), offset, file)
     finally:
         os.close(handle)
     return data
 
 
 def read_rows(info: TensorInfo, start: int, stop: int) -> torch.Tensor:
-    """Rows `start` to `stop` of the first dimension, in the stored dtype: a fresh copy."""
-    shape = (stop - start, *info.shape[1:])
+    """Rows `start` to `stop`, (stop - start, *row_shape), in the stored dtype: a fresh copy."""
+    shape = (stop - start, *info.row_shape)
     if math.prod(shape) == 0:
         return torch.empty(shape, dtype=DTYPES[info.dtype])
     data = read_bytes(info.file, info.offset + start * info.row_bytes, (stop - start) * info.row_bytes)
     return torch.frombuffer(data, dtype=DTYPES[info.dtype]).reshape(shape)
 
 
+def read_columns(info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+    """Columns `start` to `stop` of a matrix, (rows, stop - start), in the stored dtype: a fresh copy."""
+    size = item_size(info.dtype)
+    data = bytearray(info.rows * (stop - start) * size)
+    view, width = memoryview(data), (stop - start) * size
+    handle = os.open(info.file, os.O_RDONLY)
+    try:
+        for row in range(info.rows):
+            at = info.offset + row * info.row_bytes + start * size
+            read_into(handle, view[row * width : (row + 1) * width], at, info.file)
+    finally:
+        os.close(handle)
+    return torch.frombuffer(data, dtype=DTYPES[info.dtype]).reshape(info.rows, stop - start)
+
+
 def read_tensor(info: TensorInfo) -> torch.Tensor:
     """The whole tensor in its stored dtype: a fresh copy."""
-    if not info.shape:
-        return torch.frombuffer(read_bytes(info.file, info.offset, info.nbytes), dtype=DTYPES[info.dtype]).reshape(())
-    return read_rows(info, 0, info.shape[0])
+    if math.prod(info.shape) == 0:
+        return torch.empty(info.shape, dtype=DTYPES[info.dtype])
+    data = read_bytes(info.file, info.offset, info.nbytes)
+    return torch.frombuffer(data, dtype=DTYPES[info.dtype]).reshape(info.shape)
+
+
+def equal_bytes(first: TensorInfo, second: TensorInfo, block: int = 16 << 20) -> bool:
+    """True if two tensors have one type, one shape and the same bytes."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    for start in range(0, first.nbytes, block):
+        count = min(block, first.nbytes - start)
+        if read_bytes(first.file, first.offset + start, count) != read_bytes(second.file, second.offset + start, count):
+            return False
+    return True

@@ -98,21 +98,16 @@ def test_another_kind_of_adapter(pair: Pair, tmp_path: Path) -> None:
     model = GPT2LMHeadModel.from_pretrained(pair.base)
     config = IA3Config(target_modules=["c_attn"], feedforward_modules=[], fan_in_fan_out=True)
     get_peft_model(model, config).save_pretrained(str(tmp_path / "ia3"))
-    assert_refused(Pair(pair.base, tmp_path / "ia3"), tmp_path / "out", "IA3")
-    edit_json(pair.adapter / "adapter_config.json", peft_type="TELEPATHY")
-    assert_refused(pair, tmp_path / "out", "TELEPATHY")
+    # PEFT begins IA3 with ones: an adapter that was never trained
+    assert_refused(Pair(pair.base, tmp_path / "ia3"), tmp_path / "out", "changed no value")
+    for kind in ("TELEPATHY", "PREFIX_TUNING", "XLORA"):
+        edit_json(pair.adapter / "adapter_config.json", peft_type=kind)
+        assert_refused(pair, tmp_path / "out", kind)
 
 
 def test_a_tensor_that_is_not_a_factor(pair: Pair, tmp_path: Path) -> None:
     rewrite(pair.adapter / ADAPTER, lambda tensors: tensors | {"base_model.model.extra": torch.ones(2)})
     assert_refused(pair, tmp_path / "out", "extra")
-
-
-def test_a_tied_head(tmp_path: Path) -> None:
-    pair = make_pair(tmp_path)
-    model = GPT2LMHeadModel.from_pretrained(pair.base)
-    save_adapter(tmp_path / "head", model, lora_config(target_modules=["lm_head"], fan_in_fan_out=False))
-    assert_refused(Pair(pair.base, tmp_path / "head"), tmp_path / "out", "tied")
 
 
 def test_an_untied_head_is_merged(tmp_path: Path) -> None:
@@ -168,7 +163,7 @@ def test_a_pickle_payload_is_refused_without_running_it(pair: Pair, tmp_path: Pa
     torch.save({"weight": Payload(tmp_path / "ran")}, directory / name)
     assert_refused(pair, tmp_path / "out", "more than tensors")
     (directory / name).write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
-    assert_refused(pair, tmp_path / "out", "not a zip file")
+    assert_refused(pair, tmp_path / "out", "posix.system")
     assert not (tmp_path / "ran").exists()
 
 

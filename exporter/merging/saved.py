@@ -1,0 +1,101 @@
+"""What an adapter stores whole: `modules_to_save`, trained biases, resized embeddings, and rows of trained tokens."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from exporter.errors import InputRefused
+from exporter.merging.changes import ReplaceRows
+from exporter.merging.modules import ModelLayout, find_name
+from exporter.sources.adapter import CONFIG, TRAINABLE_TOKENS, Adapter
+from exporter.sources.tensors import FLOATS, TensorInfo
+
+TOKENS = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?")
+# `<module>.modules_to_save.<adapter>.weight`, `<module>.base_layer.weight`
+INSERTED = re.compile(r"\.modules_to_save(?:\.(?!weight$|bias$)[^.]+(?=\.))?|\.base_layer|\.original_module")
+
+
+def token_rows(adapter: Adapter, layout: ModelLayout) -> tuple[dict[str, ReplaceRows], set[str]]:
+    """Rows of trained tokens by stored tensor, and the adapter's tensors that hold them."""
+    changes: dict[str, ReplaceRows] = {}
+    consumed: set[str] = set()
+    for name, info in adapter.tensors.items():
+        match = TOKENS.fullmatch(name)
+        if match is None:
+            continue
+        module = find_name(match["module"], layout.modules, layout.prefix)
+        stored = f"{module}.weight"
+        stored = layout.tied.get(stored, stored)
+        if module is None or stored not in layout.state:
+            raise InputRefused(f"the adapter trains tokens of {match['module']!r}", expected="an embedding of the base")
+        if stored in changes:
+            raise InputRefused(f"the adapter trains tokens of {stored!r} twice", expected="once")
+        rows = _rows(adapter.config, match["module"], adapter.method)
+        width = layout.state[stored][1:]
+        if info.dtype not in FLOATS or info.shape != (len(rows), *width):
+            raise InputRefused(
+                f"{name!r} is {info.dtype} {list(info.shape)}", expected=f"floats of shape {[len(rows), *width]}"
+            )
+        changes[stored] = ReplaceRows(module, info, rows)
+        consumed.add(name)
+    return changes, consumed
+
+
+def _rows(config: Mapping[str, Any], module: str, method: str) -> tuple[int, ...]:
+    """Token ids: a list for the input embedding, or a map from module names to lists."""
+    key = "token_indices" if method == TRAINABLE_TOKENS else "trainable_token_indices"
+    value = config.get(key)
+    if isinstance(value, dict):
+        value = next((ids for name, ids in value.items() if module == name or module.endswith(f".{name}")), None)
+    if not isinstance(value, list) or not all(type(i) is int and i >= 0 for i in value) or len(set(value)) < len(value):
+        raise InputRefused(f"{CONFIG} has {key} {str(config.get(key))[:80]!r}", expected=f"token ids of {module}, once")
+    return tuple(value)
+
+
+def replacements(adapter: Adapter, names: set[str], layout: ModelLayout) -> dict[str, TensorInfo]:
+    """The adapter's tensors `names`, each of which takes the place of a tensor of the base, by the base's name."""
+    found: dict[str, TensorInfo] = {}
+    known = {**layout.state, **{alias: () for alias in layout.tied}}
+    for name in sorted(names):
+        info = adapter.tensors[name]
+        target = find_name(INSERTED.sub("", name), known, layout.prefix)
+        if target is None:
+            raise InputRefused(
+                f"{adapter.file.name} holds {name!r}, which is neither a {adapter.method} factor nor a tensor of the "
+                "base",
+                expected="tensors named <module>.lora_A.weight and <module>.lora_B.weight, or saved modules",
+                todo="check that the adapter was trained on this base",
+            )
+        if target in found:
+            raise InputRefused(f"{adapter.file.name} holds {target!r} twice", expected="each tensor once")
+        if info.dtype not in FLOATS:
+            raise InputRefused(f"{name!r} is {info.dtype}", expected="floats")
+        found[target] = info
+    return found
+
+
+def check_saved(
+    adapter: Adapter, replaced: Mapping[str, TensorInfo], tokens: Mapping[str, ReplaceRows], layout: ModelLayout
+) -> None:
+    """Everything that the configuration says was trained whole has its tensors in the adapter's file."""
+    for wanted in adapter.config.get("modules_to_save") or []:
+        modules = [m for m in layout.modules if m == wanted or m.endswith(f".{wanted}")]
+        if not modules:
+            raise InputRefused(f"{CONFIG} saves {wanted!r}, which the base does not have", expected="a module's name")
+        for module in modules:
+            if not any(name.startswith(f"{module}.") for name in replaced):
+                _refuse_incomplete(adapter, f"tensor of {module!r}", f"modules_to_save {wanted}")
+    bias = adapter.config.get("bias", "none")
+    has_bias = any(name.endswith(".bias") for name in layout.state)
+    if bias in ("all", "lora_only") and has_bias and not any(name.endswith(".bias") for name in replaced):
+        _refuse_incomplete(adapter, "bias", f"bias {bias}")
+    if adapter.config.get("trainable_token_indices") and not tokens:
+        _refuse_incomplete(adapter, "trained tokens", "trainable_token_indices")
+
+
+def _refuse_incomplete(adapter: Adapter, lacking: str, says: str) -> None:
+    raise InputRefused(
+        f"{adapter.file.name} holds no {lacking}",
+        expected=f"what {CONFIG} says was trained: {says}",
+        todo="the adapter file is incomplete: save it again",
+    )

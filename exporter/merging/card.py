@@ -8,7 +8,6 @@ from typing import Any
 
 import yaml
 from huggingface_hub import metadata_load
-from transformers import AutoConfig, GenerationConfig
 
 from exporter import prompts
 from exporter.errors import UsageError
@@ -89,6 +88,8 @@ def generation_config_bytes(base: Path) -> bytes:
     path = base / "generation_config.json"
     if path.is_file():
         return path.read_bytes()
+    from transformers import AutoConfig, GenerationConfig
+
     config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
     return GenerationConfig.from_model_config(config).to_json_string(use_diff=True).encode()
 

@@ -28,10 +28,8 @@ import transformers
 from packaging.version import Version
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import quantizers_utils
-from transformers.quantizers.base import HfQuantizer
 
-from exporter.merging.modules import Orientation
+from exporter.merging.changes import Orientation
 
 RECIPROCAL = 7.874015718698502e-3  # float32(1/127), as bitsandbytes writes it
 # transformers that convert a subclass of Linear (such as Falcon's); later ones take Linear itself alone
@@ -46,6 +44,8 @@ def quantized_modules(model: transformers.PreTrainedModel) -> tuple[str, ...]:
     `HfQuantizer.get_modules_to_not_convert` names them (quantizers/quantizer_bnb_8bit.py calls it so, in 4 and 5). How
     a kept name matches differs between the major versions, and this is the rule of the installed one.
     """
+    from transformers.quantizers.base import HfQuantizer  # a second to import, and most merges need no codes
+
     kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     matrices = [(name, module) for name, module in model.named_modules() if _is_matrix(module)]
     return tuple(name for name, _ in matrices if _is_converted(name, kept))
@@ -58,6 +58,8 @@ def _is_matrix(module: nn.Module) -> bool:
 
 
 def _is_converted(name: str, kept: list[str]) -> bool:
+    from transformers.quantizers import quantizers_utils
+
     rule = getattr(quantizers_utils, "should_convert_module", None)
     if rule is not None:  # transformers 5
         return rule(name, kept)

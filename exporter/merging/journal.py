@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from exporter.files import partial_path, write_atomically
@@ -31,6 +32,7 @@ class Journal:
     def __init__(self, directory: Path, request: Mapping[str, Any]) -> None:
         self.directory, self.request = directory, json.loads(json.dumps(request))
         self._entries: dict[str, dict[str, Any]] = self._read()
+        self._adding = Lock()
 
     @property
     def is_begun(self) -> bool:
@@ -55,13 +57,15 @@ class Journal:
     def add(self, name: str, shard: FinishedShard) -> None:
         """Note that the synced partial file of `name` is what `shard` says."""
         path = partial_path(self.directory / name)
-        self._entries[name] = {
+        entry = {
             "stamp": _stamp(path),
             "written": [asdict(tensor) for tensor in shard.written],
             "proof": shard.proof and asdict(shard.proof),
         }
-        text = json.dumps({"request": self.request, "shards": self._entries})
-        write_atomically(self.directory / JOURNAL, text.encode())
+        with self._adding:
+            self._entries[name] = entry
+            text = json.dumps({"request": self.request, "shards": self._entries})
+            write_atomically(self.directory / JOURNAL, text.encode())
 
     def keeps(self, path: Path) -> bool:
         """True if `path` belongs to a finished shard or is the journal itself."""

@@ -38,6 +38,7 @@ MERGEABLE: frozenset[str] = frozenset({
 # BONE: gone from PEFT; MISS took its place.
 # Prompt methods (PROMPT_TUNING, P_TUNING, PREFIX_TUNING, CPT, CARTRIDGE, ADAPTION_PROMPT, ...): no weight to change.
 
+CONVOLUTIONS = "LORA"  # of a convolution: its kernels are no matrices that the engine's own arithmetic adds
 ADAPTER = "default"  # the name that from_pretrained gives
 WRAPPER = "base_model.model."  # what PeftModel puts before the base's names
 
@@ -134,7 +135,7 @@ class _Method(NamedTuple):
 
 
 def _method(peft_type: object) -> _Method:
-    if not isinstance(peft_type, str) or peft_type not in MERGEABLE or peft_type not in list(PeftType):
+    if not isinstance(peft_type, str) or peft_type not in MERGEABLE | {CONVOLUTIONS} or peft_type not in list(PeftType):
         raise InputRefused(
             f"a {peft_type} adapter cannot be merged with peft {peft.__version__}",
             expected=f"one of {', '.join(sorted(MERGEABLE))}",

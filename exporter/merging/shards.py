@@ -1,8 +1,11 @@
-"""All shards of a merge: written, proven and noted in the journal, each while the next one is written."""
+"""All shards of a merge: each is written, read again and proven, and noted in the journal; two at a time."""
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from exporter.files import partial_path
 from exporter.merging.card import shard_names
@@ -12,6 +15,9 @@ from exporter.merging.plan import MergePlan, OutputTensor
 from exporter.merging.proof import prove_shard
 from exporter.merging.stream import write_shard
 from exporter.progress import SILENT, Progress
+
+# Files at once: one file takes one writer, and while one shard waits for its bytes the other computes.
+WORKERS = 2
 
 
 def write_shards(
@@ -25,36 +31,45 @@ def write_shards(
     check_inputs: Callable[[], None],
     progress: Progress,
 ) -> dict[str, FinishedShard]:
-    """Write what the journal does not have yet, under partial names. memory: bytes, half each for writing and proving.
+    """Write what the journal does not have yet, under partial names. memory: bytes, shared by the workers.
 
     check_inputs raises if the files that were read are not those of the plan; a shard is noted only after it.
     """
-    finished: dict[str, FinishedShard] = {}
+    names = shard_names(len(plan.shards))
     proving = progress.task("proving", plan.nbytes, "B") if proven else SILENT.task("proving", 0)
-    with progress.task("merging", plan.nbytes, "B") as written, proving as proved, ThreadPoolExecutor(1) as prover:
-        last: Future[None] | None = None
-        for name, layout, shard in zip(shard_names(len(plan.shards)), layouts, plan.shards, strict=True):
+    with progress.task("merging", plan.nbytes, "B") as written, proving as proved:
+
+        def make(name: str, layout: ShardLayout, shard: tuple[OutputTensor, ...]) -> FinishedShard:
             known = journal.finished(name)
             if known is not None:
-                finished[name] = known
                 for task in (written, proved):
                     task.advance(sum(tensor.nbytes for tensor in shard))
-                continue
-            tensors = write_shard(
-                partial_path(out / name), layout, shard, plan.layout, memory=memory // 2, hashed=proven, task=written
-            )
-            if last is not None:
-                last.result()
+                return known
+            path, share = partial_path(out / name), memory // WORKERS
+            tensors = write_shard(path, layout, shard, plan.layout, memory=share, hashed=proven, task=written)
+            by_name = {tensor.name: tensor for tensor in tensors}
+            proof = prove_shard(path, shard, by_name, plan.layout, share, proved) if proven else None
+            check_inputs()
+            finished = FinishedShard(tuple(tensors), proof)
+            journal.add(name, finished)
+            return finished
 
-            def finish(name: str = name, shard: tuple[OutputTensor, ...] = shard, tensors=tuple(tensors)) -> None:
-                path = partial_path(out / name)
-                by_name = {tensor.name: tensor for tensor in tensors}
-                proof = prove_shard(path, shard, by_name, plan.layout, memory // 2, proved) if proven else None
-                check_inputs()
-                finished[name] = FinishedShard(tensors, proof)
-                journal.add(name, finished[name])
+        with _single_threaded(), ThreadPoolExecutor(WORKERS) as pool:
+            futures = [pool.submit(make, *one) for one in zip(names, layouts, plan.shards, strict=True)]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+                return {name: future.result() for name, future in zip(names, futures, strict=True)}
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
-            last = prover.submit(finish)
-        if last is not None:
-            last.result()
-    return {name: finished[name] for name in shard_names(len(plan.shards))}
+
+@contextmanager
+def _single_threaded() -> Iterator[None]:
+    """One thread for torch: the stream has threads of its own, and sums do not depend on the number of processors."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

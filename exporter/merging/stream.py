@@ -23,7 +23,7 @@ from exporter.sources.tensors import DTYPES, FLOATS, item_size, read_into
 
 # Bytes for each value of a block under way: read, float32 twice, the delta, the output.
 ELEMENT_COST = 24
-MAX_BLOCKS = 16
+MAX_BLOCKS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def write_shard(
     """
     by_name = {tensor.name: tensor for tensor in tensors}
     digests = [_Digest(name) for name in shard.order]
-    with single_threaded(), _environment_errors(path), ExitStack() as stack:
+    with _environment_errors(path), ExitStack() as stack:
         target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         stack.callback(os.close, target)
         writer = BlockWriter(target, max(2, min(MAX_BLOCKS, memory // 4 // BLOCK)), task.advance)
@@ -145,7 +145,7 @@ class _Stream:
             before = stored.to(torch.float32)
             if onto is not None:
                 before = onto(before, start, stop)
-            total = before.clone() if updates else before
+            total = before
             for update in updates:
                 total = update(total, start, stop)
             output = total.to(DTYPES[tensor.dtype])
@@ -206,17 +206,6 @@ def all_finite(values: torch.Tensor) -> bool:
     """True if no value is NaN or infinite. One pass: a NaN or an infinity reaches the minimum or the maximum."""
     low, high = torch.aminmax(values) if values.numel() else (torch.zeros(()), torch.zeros(()))
     return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-@contextmanager
-def single_threaded() -> Iterator[None]:
-    """One thread for torch: the stream has threads of its own, and sums do not depend on the number of processors."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -119,14 +119,15 @@ def _is_finite_number(value: object) -> bool:
 
 
 def _strip_wrapper(tensors: Mapping[str, TensorInfo], file: Path) -> dict[str, TensorInfo]:
-    """`base_model.model.` is PEFT's wrapper; it stands twice where a PeftModel was wrapped again."""
+    """`base_model.model.` is PEFT's wrapper; it stands twice where a PeftModel was wrapped again.
+
+    Tensors that a method shares among modules hang on the tuner itself, and keep their `base_model.` (`.vera_A`).
+    """
     stripped: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
         short = name
         while short.startswith(WRAPPER):
             short = short.removeprefix(WRAPPER)
-        # Shared tensors such as VeRA's projections hang on the tuner itself: base_model.vera_A
-        short = short.removeprefix("base_model.")
         if short in stripped:
             raise InputRefused(f"{file.name} holds {short!r} twice", expected="each tensor once")
         stripped[short] = info

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from exporter.graph.export import export as export
     from exporter.inspection import inspect as inspect
     from exporter.merging.merge import merge as merge
+    from exporter.merging.unmerge import unmerge as unmerge
     from exporter.parity.capture import capture as capture
     from exporter.pipeline import run as run
     from exporter.runtime.generate import generate as generate
@@ -30,10 +31,24 @@ FUNCTIONS = {
     "load": "exporter.runtime.load",
     "merge": "exporter.merging.merge",
     "run": "exporter.pipeline",
+    "unmerge": "exporter.merging.unmerge",
     "verify": "exporter.verification",
 }
 
-__all__ = ["FUNCTIONS", "capture", "demo", "doctor", "export", "generate", "inspect", "load", "merge", "run", "verify"]
+__all__ = [
+    "FUNCTIONS",
+    "capture",
+    "demo",
+    "doctor",
+    "export",
+    "generate",
+    "inspect",
+    "load",
+    "merge",
+    "run",
+    "unmerge",
+    "verify",
+]
 __version__ = version("exporter")
 
 

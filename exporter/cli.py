@@ -178,6 +178,23 @@ def merge(
     _finish(result, json, presentation.merged)
 
 
+@app.command(epilog="`exporter unmerge artifacts/demo/merged --adapter exporter/demo/adapter --base B --out restored`")
+def unmerge(
+    merged: Annotated[Path, typer.Argument(help="A directory that `exporter merge` wrote.")],
+    adapter: AdapterOption,
+    out: Annotated[Path, typer.Option(help="The directory to write.")],
+    base: Annotated[str | None, typer.Option(help="Where to take what rounding has put out of reach.")] = None,
+    memory: Annotated[str, typer.Option(help="What the stream may hold.")] = "1GB",
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Restore the base's weights from a merged checkpoint, every tensor checked by the digest the merge noted."""
+    progress = _start(quiet, verbose)
+    result = exporter.unmerge(merged, adapter=adapter, out=out, base=base, memory=_size(memory), progress=progress)
+    _finish(result, json, presentation.unmerged)
+
+
 @app.command(epilog="`exporter export artifacts/demo/merged --precision native --precision int8`")
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A transformers directory with safetensors weights.")],

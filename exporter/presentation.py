@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from exporter.graph.bundle import Bundle
     from exporter.inspection import Inspection
     from exporter.merging.merge import MergedCheckpoint
+    from exporter.merging.unmerge import UnmergedCheckpoint
     from exporter.parity.capture import Captured
     from exporter.parity.result import Verification
     from exporter.pipeline import RunResult
@@ -87,6 +88,13 @@ def merged(result: "MergedCheckpoint") -> str:
     if swallowed:
         lines.append(f"WARNING: rounding swallowed more than half of the delta in {len(swallowed)} tensors")
     return "\n".join(lines)
+
+
+def unmerged(result: "UnmergedCheckpoint") -> str:
+    return (
+        f"{result.directory}: {len(result.computed)} tensors restored by arithmetic, {len(result.from_base)} taken "
+        "from the base, each with the digest that the merge noted"
+    )
 
 
 def bundles(made: Bundles) -> str:

@@ -241,10 +241,12 @@ def _section(
 def _tensor_entry(tensor: OutputTensor, written: WrittenTensor) -> dict[str, Any]:
     """kept: the share of the delta's norm that rounding left, 1 - ||rounding|| / ||delta||, at least 0."""
     entry: dict[str, Any] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "sha256": written.sha256}
-    if not tensor.is_copied:
+    if not tensor.is_copied or tensor.source is not tensor.base:
+        entry["source"] = tensor.base.name
+        entry["source_dtype"] = tensor.base.dtype
         entry["source_sha256"] = written.source_sha256
     if tensor.source is not tensor.base:
-        entry["replaced"] = tensor.source.name
+        entry["replaced_by"] = tensor.source.name
     if tensor.changes:
         entry["delta_norm"] = written.delta_norm
         entry["rounding_norm"] = written.rounding_norm

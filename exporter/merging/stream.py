@@ -28,7 +28,7 @@ MAX_BLOCKS = 64
 
 @dataclass(frozen=True, slots=True)
 class WrittenTensor:
-    """What stands in the file. sha256, source_sha256: of the output's and the source's bytes, None where not asked for.
+    """What stands in the file. sha256, source_sha256: of the output's bytes and the base's, None where not asked for.
 
     checksum: XXH3-128 of the output's bytes, which the proof compares. For a changed tensor, in float32 and summed in
     float64: delta_norm = ||S - W||, rounding_norm = ||W' - S||, with S = W + delta before its rounding to W'; their
@@ -113,6 +113,8 @@ class _Stream:
 
     def put(self, tensor: OutputTensor, offset: int, digest: "_Digest") -> None:
         handle = self._handle(tensor.source.file)
+        if self.hashed and tensor.source is not tensor.base:
+            self._hash_base(tensor, digest)
         if not tensor.is_copied:
             self._compute(tensor, offset, digest, handle)
         elif self.hashed:
@@ -134,6 +136,15 @@ class _Stream:
             read_into(handle, block, source.offset + start, source.file)
             self.writer.put(block, offset + start, lambda block=block: digest.copied(block, tensor), buffer)
 
+    def _hash_base(self, tensor: OutputTensor, digest: "_Digest") -> None:
+        """The digest of a tensor that the adapter's takes the place of: `unmerge` finds the base's by it."""
+        base, handle = tensor.base, self._handle(tensor.base.file)
+        block = memoryview(bytearray(BLOCK))
+        for start in range(0, base.nbytes, BLOCK):
+            part = block[: min(BLOCK, base.nbytes - start)]
+            read_into(handle, part, base.offset + start, base.file)
+            digest.source_sha256.update(part)
+
     def _compute(self, tensor: OutputTensor, offset: int, digest: "_Digest", handle: int) -> None:
         source = tensor.source
         onto = prepare_int8(tensor.onto, source, self.elements) if tensor.onto else None
@@ -153,7 +164,8 @@ class _Stream:
             if updates:
                 digest.measure(before, total, output)
             block = as_bytes(output)
-            digesting = (lambda raw=raw, block=block: digest.computed(raw, block)) if self.hashed else None
+            of_base = raw if source is tensor.base else b""
+            digesting = (lambda raw=of_base, block=block: digest.computed(raw, block)) if self.hashed else None
             self.writer.put(block, offset, digesting)
             offset += len(block)
 
@@ -172,7 +184,7 @@ class _Digest:
         self.sha256.update(block)
         self.checksum.update(block)
 
-    def computed(self, raw: bytearray, block: memoryview) -> None:
+    def computed(self, raw: bytes | bytearray, block: memoryview) -> None:
         self.source_sha256.update(raw)
         self.sha256.update(block)
         self.checksum.update(block)
@@ -187,7 +199,8 @@ class _Digest:
         if not hashed:
             return WrittenTensor(self.name, None, None, None, *norms)
         sha256 = self.sha256.hexdigest()
-        source = sha256 if tensor.is_copied else self.source_sha256.hexdigest()
+        copied = tensor.is_copied and tensor.source is tensor.base
+        source = sha256 if copied else self.source_sha256.hexdigest()
         return WrittenTensor(self.name, sha256, source, self.checksum.hexdigest(), *norms)
 
 

@@ -5,7 +5,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from exporter.errors import EnvironmentLacking, UsageError
@@ -40,9 +40,16 @@ def publish(partial: Path, final: Path) -> None:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Readers of `path` see the old bytes or all of the new ones."""
-    partial = partial_path(path)
-    partial.write_bytes(data)
-    publish(partial, path)
+    write_partial(path, data)
+    publish(partial_path(path), path)
+
+
+def write_partial(path: Path, data: bytes) -> None:
+    """Put `data` on the disk under the partial name of `path`: what is left is a renaming, which takes no space."""
+    with partial_path(path).open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sha256_file(path: Path) -> str:
@@ -63,8 +70,21 @@ def lock_directory(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (directory / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):  # whatever ended the work has more to say than a lock file that stays
+            (directory / LOCK).unlink(missing_ok=True)
         os.close(handle)
+
+
+@contextmanager
+def disk_errors(directory: Path) -> Iterator[None]:
+    """An error of the system while `directory` is written, such as a full disk, as EnvironmentLacking."""
+    try:
+        yield
+    except OSError as error:
+        raise EnvironmentLacking(
+            f"writing into {directory} failed: {error.strerror or error}",
+            todo="free disk space or check the disk, then run the same command again: finished parts are kept",
+        ) from error
 
 
 def _open_lock(directory: Path) -> int:
@@ -94,13 +114,14 @@ def _open_lock(directory: Path) -> int:
 
 @contextmanager
 def removed_if_empty(directory: Path) -> Iterator[None]:
-    """On an error, take away `directory` if it did not exist before and nothing stands in it."""
-    existed = directory.exists()
+    """On an error, take away `directory`, and parents made for it, if they did not exist and nothing stands in them."""
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         yield
     except BaseException:
-        if not existed and directory.is_dir() and not any(directory.iterdir()):
-            directory.rmdir()
+        with suppress(OSError):  # the first that something stands in, or that was never made
+            for path in made:
+                path.rmdir()
         raise
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_bytes())
         if manifest["format"] != FORMAT or not isinstance(manifest["stages"], dict):
             raise ValueError(f"format {manifest['format']}")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        for name, section in manifest["stages"].items():
+            if not isinstance(section, dict) or not _is_map_of_maps(section.get("files", {})):
+                raise ValueError(f"stage {name}")
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         raise InputRefused(
             f"{path} is not a manifest this version reads ({error})",
             expected=f'a JSON object with "format": {FORMAT} and "stages"',
@@ -34,11 +38,19 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def _is_map_of_maps(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(entry, dict) for entry in value.values())
+
+
 def write_stage(directory: Path, stage: str, section: dict[str, Any]) -> None:
     """Put `section` under `stage` and replace the manifest, keeping the other stages."""
     manifest = read_manifest(directory) or {"format": FORMAT, "stages": {}}
     manifest["stages"][stage] = section
-    write_atomically(directory / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+    write_atomically(directory / MANIFEST, manifest_bytes(manifest["stages"]))
+
+
+def manifest_bytes(stages: Mapping[str, Any]) -> bytes:
+    return (json.dumps({"format": FORMAT, "stages": stages}, indent=1, sort_keys=True) + "\n").encode()
 
 
 def stamp(path: Path) -> dict[str, Any]:

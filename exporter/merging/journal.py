@@ -12,6 +12,7 @@ from threading import Lock
 from typing import Any
 
 from exporter.files import partial_path, write_atomically
+from exporter.manifest import versions
 from exporter.merging.proof import Probe, ShardProof
 from exporter.merging.stream import WrittenTensor
 
@@ -27,10 +28,10 @@ class FinishedShard:
 
 
 class Journal:
-    """The finished shards of one request in `directory`; those of another request are forgotten."""
+    """The finished shards of one request in `directory`; those of another request, or other versions, are forgotten."""
 
     def __init__(self, directory: Path, request: Mapping[str, Any]) -> None:
-        self.directory, self.request = directory, json.loads(json.dumps(request))
+        self.directory, self.request = directory, json.loads(json.dumps({**request, "versions": versions()}))
         self._entries: dict[str, dict[str, Any]] = self._read()
         self._adding = Lock()
 
@@ -48,11 +49,7 @@ class Journal:
         entry = self._entries.get(name)
         if entry is None or self._place(name, entry) is None:
             return None
-        proof = entry["proof"]
-        return FinishedShard(
-            tuple(WrittenTensor(**tensor) for tensor in entry["written"]),
-            proof and ShardProof(proof["sha256"], tuple(Probe(**probe) for probe in proof["probes"])),
-        )
+        return _shard(entry)
 
     def add(self, name: str, shard: FinishedShard) -> None:
         """Note that the synced partial file of `name` is what `shard` says."""
@@ -63,9 +60,10 @@ class Journal:
             "proof": shard.proof and asdict(shard.proof),
         }
         with self._adding:
-            self._entries[name] = entry
-            text = json.dumps({"request": self.request, "shards": self._entries})
+            entries = {**self._entries, name: entry}
+            text = json.dumps({"request": self.request, "shards": entries})
             write_atomically(self.directory / JOURNAL, text.encode())
+            self._entries = entries  # last: what could not be noted is not kept either
 
     def keeps(self, path: Path) -> bool:
         """True if `path` belongs to a finished shard or is the journal itself."""
@@ -85,9 +83,23 @@ class Journal:
     def _read(self) -> dict[str, dict[str, Any]]:
         try:
             text = json.loads((self.directory / JOURNAL).read_bytes())
-            return text["shards"] if text["request"] == self.request else {}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            if text["request"] != self.request:
+                return {}
+            entries: dict[str, dict[str, Any]] = text["shards"]
+            for entry in entries.values():
+                _shard(entry)
+                entry["stamp"] = {key: int(entry["stamp"][key]) for key in ("size", "mtime_ns", "inode")}
+            return entries
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return {}  # none, or not ours: everything is made anew
+
+
+def _shard(entry: Mapping[str, Any]) -> FinishedShard:
+    proof = entry["proof"]
+    return FinishedShard(
+        tuple(WrittenTensor(**tensor) for tensor in entry["written"]),
+        proof and ShardProof(proof["sha256"], tuple(Probe(**probe) for probe in proof["probes"])),
+    )
 
 
 def _stamp(path: Path) -> dict[str, int]:

@@ -1,20 +1,24 @@
 """`exporter merge`: from a base and adapters to a checkpoint that transformers loads, streamed and proven."""
 
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from exporter.errors import InputRefused, UsageError
+from exporter.errors import ExporterError, InputRefused, UsageError
 from exporter.files import (
+    LOCK,
+    disk_errors,
     lock_directory,
     partial_path,
-    publish,
     removed_if_empty,
     require_free_space,
-    write_atomically,
+    sync_directory,
+    write_partial,
 )
-from exporter.manifest import MANIFEST, describe_file, read_manifest, stamp, versions, write_stage
+from exporter.manifest import MANIFEST, describe_file, manifest_bytes, read_manifest, stamp, versions
 from exporter.merging.card import small_files
 from exporter.merging.changes import LowRank
 from exporter.merging.delta import read_factors
@@ -28,6 +32,7 @@ from exporter.merging.request import (
     is_done,
     refuse_changed_inputs,
     refuse_foreign_directory,
+    refuse_inputs_as_output,
 )
 from exporter.merging.shards import write_shards
 from exporter.merging.stream import WrittenTensor
@@ -35,10 +40,12 @@ from exporter.progress import SILENT, Progress
 from exporter.sources.adapter import open_adapter
 from exporter.sources.checkpoint import open_checkpoint
 from exporter.sources.hub import Source, resolve
+from exporter.sources.snapshot import TOKENIZER
 
 FORMULA = "W' = round(W + sum_k weight_k * scale_k * B_k A_k), accumulated in float32, rounded once"
 # Where rounding keeps less of a delta than this share, the user is told.
 SWALLOWED = 0.5
+SPARE = 16 << 20  # free bytes beside the weights, for the small files
 # Files that a loader takes for weights: none of an earlier checkpoint may stand beside the new ones.
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "pytorch_model.bin.index.json")
 
@@ -97,20 +104,24 @@ def merge_sources(
     progress: Progress = SILENT,
 ) -> MergedCheckpoint:
     """`merge` for sources that are already on this machine."""
+    refuse_inputs_as_output(out, [base, *adapters])
     plan = plan_sources(base, adapters, options)
     refuse_zero_factors(plan)
     layouts = [lay_out(Slot(t.name, t.dtype, t.shape, t.nbytes) for t in shard) for shard in plan.shards]
     request = describe_request(base, adapters, plan, options)
-    done = read_manifest(out)
-    if done is not None and not force and is_done(out, done, request):
-        return MergedCheckpoint(out, plan, done["stages"][STAGE], skipped=True)
-    journal = Journal(out, request)
-    if not journal.is_begun:
-        refuse_foreign_directory(out, done, force)
-    needed = sum(layout.size for layout in layouts) - journal.nbytes + (16 << 20)
-    require_free_space(out, needed, "the merged checkpoint")
-    with removed_if_empty(out), lock_directory(out):
+    if not force and (section := _done(out, request)):
+        _tidy(out)
+        return MergedCheckpoint(out, plan, section, skipped=True)
+    with disk_errors(out):
+        _begin(out, request, force)
+    with removed_if_empty(out), lock_directory(out), disk_errors(out):
+        # Again, now that no other process can write: one may have finished since.
+        if not force and (section := _done(out, request)):
+            return MergedCheckpoint(out, plan, section, skipped=True)
+        journal = _begin(out, request, force)
         _remove_partials(out, journal)
+        needed = sum(layout.size for layout in layouts) - journal.nbytes + SPARE
+        require_free_space(out, needed, "the merged checkpoint")
         if journal.is_begun:
             progress.note(f"{out}: going on with a merge that was interrupted, {journal.nbytes} bytes are done")
         try:
@@ -123,11 +134,46 @@ def merge_sources(
     return MergedCheckpoint(out, plan, section)
 
 
+def _done(out: Path, request: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The manifest's account of this very merge, if `out` holds it."""
+    manifest = _manifest(out)
+    with suppress(OSError):  # an output that cannot be read is not done
+        return manifest["stages"][STAGE] if manifest and is_done(out, manifest, request) else None
+    return None
+
+
+def _begin(out: Path, request: Mapping[str, Any], force: bool) -> Journal:
+    """What a merge that was killed left to go on with. UsageError if `out` holds something else."""
+    journal = Journal(out, request)
+    refuse_foreign_directory(out, _manifest(out), force or journal.is_begun)
+    return journal
+
+
+def _manifest(out: Path) -> dict[str, Any] | None:
+    """The manifest of `out`; one that cannot be read is a foreign file like others."""
+    with suppress(InputRefused, OSError):
+        return read_manifest(out)
+    return None
+
+
+def _tidy(out: Path) -> None:
+    """Take away what a process that was killed just before its end left beside a finished merge."""
+    if (out / LOCK).exists() or any(out.glob(".*.partial")):
+        with suppress(ExporterError, OSError), lock_directory(out):
+            _remove_partials(out, None)
+
+
 def plan_sources(base: Source, adapters: Sequence[Source], options: MergeOptions) -> MergePlan:
     """The plan of a merge, from headers alone."""
     weights = options.weights
+    if not adapters:
+        raise UsageError("no adapter", expected="one --adapter or more")
     if weights and len(weights) != len(adapters):
         raise UsageError(f"{len(weights)} weights for {len(adapters)} adapters", expected="one --weight per --adapter")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise UsageError(f"--weight {weights}", expected="finite numbers")
+    if options.proof not in ("full", "none"):
+        raise UsageError(f"--proof {options.proof}", expected="full or none")
     opened = [open_adapter(source.directory) for source in adapters]
     return plan_merge(
         open_checkpoint(base.directory),
@@ -185,25 +231,42 @@ def _write(
     if not any(t.source is not t.base or written[t.name].delta_norm for t in plan.changed):
         raise InputRefused("merging changed no value", expected="a trained adapter", todo="check what was saved")
     check_inputs()
-    _publish(out, list(shards), small, journal)
-    files = {name: _describe_shard(out / name, shard) for name, shard in shards.items()}
     section = _section(plan, layouts, request, options, shards, written)
-    section["files"] = {**files, **{name: describe_file(out / name) for name in small}}
-    write_stage(out, STAGE, section)
-    journal.forget()
+    _publish(out, shards, small, section, journal)
     for name in section["swallowed"]:
         progress.note(f"{name}: rounding to {section['tensors'][name]['dtype']} swallowed more than half of the delta")
     return section
 
 
-def _publish(out: Path, shards: Sequence[str], small: Mapping[str, bytes], journal: Journal) -> None:
-    """Old names go, the configuration first; new ones come, the configuration last: no loader takes what is between."""
+def _publish(
+    out: Path,
+    shards: Mapping[str, FinishedShard],
+    small: Mapping[str, bytes],
+    section: dict[str, Any],
+    journal: Journal,
+) -> None:
+    """Old names go, the configuration first; new ones come, the configuration last: no loader takes what is between.
+
+    Everything stands on the disk under partial names before that, the manifest too: the rest is renaming. `section`
+    gets its "files".
+    """
+    for name, data in small.items():
+        write_partial(out / name, data)
+    section["files"] = {name: _describe_shard(_place(out / name), shard) for name, shard in shards.items()}
+    section["files"] |= {name: describe_file(partial_path(out / name)) for name in small}
+    write_partial(out / MANIFEST, manifest_bytes({STAGE: section}))
     _remove_outputs(out, journal)
-    for name in shards:
-        if partial_path(out / name).exists():
-            publish(partial_path(out / name), out / name)
-    for name in sorted(small, key=lambda name: name == "config.json"):
-        write_atomically(out / name, small[name])
+    for name in [*shards, *sorted(small, key=lambda name: name == "config.json"), MANIFEST]:
+        if name == MANIFEST or name == "config.json":
+            sync_directory(out)
+        _place(out / name).replace(out / name)
+    sync_directory(out)
+    journal.forget()
+
+
+def _place(final: Path) -> Path:
+    """Where a file stands before it is renamed; a shard may have its name from a run that was killed."""
+    return partial_path(final) if partial_path(final).exists() else final
 
 
 def _describe_shard(path: Path, shard: FinishedShard) -> dict[str, Any]:
@@ -256,18 +319,24 @@ def _tensor_entry(tensor: OutputTensor, written: WrittenTensor) -> dict[str, Any
 
 
 def _remove_outputs(out: Path, journal: Journal) -> None:
-    """Take away what an earlier run listed as its output, and every other file that a loader would take for weights."""
-    manifest = read_manifest(out)
+    """Take away what an earlier run listed as its output, and every other file that a loader would take.
+
+    The configuration goes first, so that nothing loads any more, and the manifest last: after a kill it still lists.
+    """
+    stages = (_manifest(out) or {"stages": {}})["stages"].values()
+    old = {name for section in stages for name in section.get("files", {})} | TOKENIZER
+    files = [path for path in out.iterdir() if path.is_file() or path.is_symlink()]
+    files = [path for path in files if path.name in old or any(map(path.match, WEIGHTS))]
     (out / "config.json").unlink(missing_ok=True)
-    (out / MANIFEST).unlink(missing_ok=True)
-    listed = [out / n for s in (manifest or {"stages": {}})["stages"].values() for n in s.get("files", {})]
-    for path in [*listed, *(path for pattern in WEIGHTS for path in out.glob(pattern))]:
-        if path.parent == out and not journal.keeps(path):
+    sync_directory(out)
+    for path in files:
+        if not journal.keeps(path):
             path.unlink(missing_ok=True)
+    (out / MANIFEST).unlink(missing_ok=True)
 
 
-def _remove_partials(out: Path, journal: Journal) -> None:
+def _remove_partials(out: Path, journal: Journal | None) -> None:
     """What an interrupted run left, but for the shards it had finished."""
     for path in out.glob(".*.partial"):
-        if path.is_file() and not journal.keeps(path):
+        if path.is_file() and not (journal and journal.keeps(path)):
             path.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """What a merge was asked for, and whether a directory already holds it."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from exporter.manifest import file_is_unchanged
 from exporter.merging.plan import MergePlan, Onto
 from exporter.sources.adapter import CONFIG
 from exporter.sources.hub import Source
+from exporter.sources.snapshot import TOKENIZER
 
 STAGE = "merge"
 
@@ -38,12 +40,15 @@ def describe_request(
     asked = {key: value for key, value in asdict(options).items() if key not in ("weights", "memory")}
     return {
         **asked,
-        "base": {**_origin(base), "files": _stamps(base.directory, [*plan.base.files, base.directory / "config.json"])},
+        "base": {
+            **_origin(base),
+            "files": _stamps([*plan.base.files, base.directory / "config.json", *_small_files(base.directory)]),
+        },
         "adapters": [
             {
                 **_origin(source),
                 "weight": weight,
-                "files": _stamps(source.directory, [adapter.file, adapter.directory / CONFIG]),
+                "files": _stamps([adapter.file, adapter.directory / CONFIG, *_small_files(source.directory)]),
             }
             for source, (adapter, weight) in zip(adapters, plan.adapters, strict=True)
         ],
@@ -68,17 +73,47 @@ def is_done(out: Path, manifest: Mapping[str, Any], request: Mapping[str, Any]) 
     section = manifest["stages"].get(STAGE)
     if not section or section.get("request") not in (request, {**request, "proof": "full"}):
         return False
-    return all(file_is_unchanged(out / name, entry) for name, entry in section["files"].items())
+    files = section.get("files")
+    return bool(files) and all(file_is_unchanged(out / name, entry) for name, entry in files.items())
+
+
+def refuse_inputs_as_output(out: Path, sources: Sequence[Source]) -> None:
+    """UsageError, whatever --force says, if writing to `out` could replace or remove a file that the merge reads."""
+    target = Path(os.path.realpath(out))
+    for source in sources:
+        directory = Path(os.path.realpath(source.directory))
+        if target == directory or directory in target.parents:
+            raise UsageError(
+                f"{out} is {'' if target == directory else 'inside '}{source.directory}, which the merge reads",
+                expected="an output apart from the base and the adapters",
+                todo="choose another --out",
+            )
+        for file in directory.iterdir() if directory.is_dir() else ():
+            if file.is_symlink() and Path(os.path.realpath(file)).parent == target:
+                raise UsageError(
+                    f"{file} is a link to a file in {out}",
+                    expected="an output apart from the base and the adapters",
+                    todo="choose another --out",
+                )
 
 
 def refuse_foreign_directory(out: Path, manifest: Mapping[str, Any] | None, force: bool) -> None:
-    """UsageError if `out` holds what this command did not begin."""
-    if force or not out.exists():
-        return
+    """UsageError if `out` holds what this command did not begin, and with `force` if it holds what must not be lost."""
+    try:
+        if not out.exists():
+            return
+    except OSError as error:
+        raise UsageError(f"{out} cannot be a directory: {error.strerror}", todo="choose another --out") from error
     if not out.is_dir():
         raise UsageError(f"{out} is a file", expected="a directory", todo="choose another --out")
-    if manifest is None and (out / LOCK).exists():
-        return  # a merge was killed here: what it left is not a finished checkpoint
+    if (out / CONFIG).exists():
+        raise UsageError(
+            f"{out} holds an adapter ({CONFIG})",
+            expected="a directory without one: transformers would put it on top of the merged weights",
+            todo="choose another --out, or move the adapter away",
+        )
+    if force:
+        return
     content = [p.name for p in out.iterdir() if p.name != LOCK and not p.name.endswith(".partial")]
     if content:
         what = "another merge or a damaged one" if manifest else f"something else ({sorted(content)[0]})"
@@ -93,13 +128,19 @@ def _origin(source: Source) -> dict[str, Any]:
     return {"source": source.id or str(source.directory), "revision": source.revision, "commit": source.commit}
 
 
-def _stamps(directory: Path, files: Sequence[Path]) -> dict[str, dict[str, int] | None]:
+def _small_files(directory: Path) -> list[Path]:
+    """What the output's tokenizer, template, generation config and model card may come from."""
+    names = sorted(TOKENIZER | {"generation_config.json", "README.md"})
+    return [directory / name for name in names if (directory / name).is_file()]
+
+
+def _stamps(files: Sequence[Path]) -> dict[str, dict[str, int] | None]:
     """Size, time and inode of each file by its name; None where it is gone."""
     stamps: dict[str, dict[str, int] | None] = {}
     for path in files:
         try:
             status = path.stat()
-        except FileNotFoundError:
+        except OSError:
             stamps[path.name] = None
             continue
         stamps[path.name] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "inode": status.st_ino}

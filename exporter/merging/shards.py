@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 import torch
 
@@ -14,7 +16,7 @@ from exporter.merging.layout import ShardLayout
 from exporter.merging.plan import MergePlan, OutputTensor
 from exporter.merging.proof import prove_shard
 from exporter.merging.stream import write_shard
-from exporter.progress import SILENT, Progress
+from exporter.progress import SILENT, Progress, Task
 
 # Files at once: one file takes one writer, and while one shard waits for its bytes the other computes.
 WORKERS = 2
@@ -37,7 +39,9 @@ def write_shards(
     """
     names = shard_names(len(plan.shards))
     proving = progress.task("proving", plan.nbytes, "B") if proven else SILENT.task("proving", 0)
-    with progress.task("merging", plan.nbytes, "B") as written, proving as proved:
+    with progress.task("merging", plan.nbytes, "B") as writing, proving as reading:
+        stopping = Event()
+        written, proved = _Stoppable(writing, stopping), _Stoppable(reading, stopping)
 
         def make(name: str, layout: ShardLayout, shard: tuple[OutputTensor, ...]) -> FinishedShard:
             known = journal.finished(name)
@@ -58,10 +62,31 @@ def write_shards(
             futures = [pool.submit(make, *one) for one in zip(names, layouts, plan.shards, strict=True)]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
+                for future in futures:
+                    if future.done():
+                        future.result()  # the first error, without waiting for the shards beside it
                 return {name: future.result() for name, future in zip(names, futures, strict=True)}
             except BaseException:
+                stopping.set()
                 pool.shutdown(cancel_futures=True)
                 raise
+
+
+class _Stopped(Exception):
+    """The work is given up: another shard failed, or the user interrupted."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stoppable:
+    """A task that ends its worker at the next block once `stopping` is set: a shard may have minutes to go."""
+
+    task: Task
+    stopping: Event
+
+    def advance(self, amount: float = 1) -> None:
+        if self.stopping.is_set():
+            raise _Stopped
+        self.task.advance(amount)
 
 
 @contextmanager

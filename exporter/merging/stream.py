@@ -19,7 +19,7 @@ from exporter.merging.modules import ModelLayout
 from exporter.merging.plan import OutputTensor
 from exporter.merging.tuners import prepare_peft
 from exporter.progress import Task
-from exporter.sources.tensors import DTYPES, FLOATS, item_size, read_into
+from exporter.sources.tensors import DTYPES, FLOATS, item_size, open_to_read, read_into
 
 # Bytes for each value of a block under way: read, float32 twice, the delta, the output.
 ELEMENT_COST = 24
@@ -65,9 +65,9 @@ def write_shard(
         target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         stack.callback(os.close, target)
         writer = BlockWriter(target, max(2, min(MAX_BLOCKS, memory // 4 // BLOCK)), task.advance)
-        stack.callback(writer.close)
         stream = _Stream(writer, model, block_elements(memory), hashed)
         stack.callback(stream.close)
+        stack.callback(writer.close)  # called first: its threads still read from the stream's files
         writer.put(memoryview(shard.header), 0)
         for digest in digests:
             stream.put(by_name[digest.name], shard.offsets[digest.name], digest)
@@ -124,7 +124,7 @@ class _Stream:
 
     def _handle(self, file: Path) -> int:
         if file not in self.handles:
-            self.handles[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            self.handles[file] = open_to_read(file)
             os.posix_fadvise(self.handles[file], 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return self.handles[file]
 

@@ -81,10 +81,24 @@ def read_into(handle: int, buffer: memoryview, offset: int, file: Path) -> None:
         done += got
 
 
+def open_to_read(file: Path) -> int:
+    """A handle of `file`; InputRefused where it is gone, EnvironmentLacking where it cannot be opened."""
+    try:
+        return os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise InputRefused(
+            f"{file} is gone", expected="files that stay as they are during a merge", todo="check the path"
+        ) from error
+    except OSError as error:
+        raise EnvironmentLacking(
+            f"{file} cannot be opened: {error.strerror}", todo="check its permissions and the disk"
+        ) from error
+
+
 def read_bytes(file: Path, offset: int, count: int) -> bytearray:
     """`count` bytes at `offset`; InputRefused if the file ends before them."""
     data = bytearray(count)
-    handle = os.open(file, os.O_RDONLY)
+    handle = open_to_read(file)
     try:
         read_into(handle, memoryview(data), offset, file)
     finally:
@@ -106,7 +120,7 @@ def read_columns(info: TensorInfo, start: int, stop: int) -> torch.Tensor:
     size = item_size(info.dtype)
     data = bytearray(info.rows * (stop - start) * size)
     view, width = memoryview(data), (stop - start) * size
-    handle = os.open(info.file, os.O_RDONLY)
+    handle = open_to_read(info.file)
     try:
         for row in range(info.rows):
             at = info.offset + row * info.row_bytes + start * size

@@ -47,7 +47,7 @@ def lora_changes(
             unmatched.append(group.module)
             continue
         for name, change in _changes_of(group, module, adapter, weight, layout, sources):
-            changes.setdefault(name, []).append(change)
+            changes.setdefault(layout.stored(name), []).append(change)
         consumed.update(group.names)
     if unmatched:
         _refuse_unmatched(adapter, len(groups), unmatched, layout)
@@ -177,7 +177,7 @@ def _stacked(
         )
     parameter = targeted[len(targeted) - 1 - group.depth]
     name = f"{module}.{parameter}"
-    shape = layout.state.get(name, ())
+    shape = layout.state.get(layout.stored(name), ())
     if len(shape) not in (2, 3):
         raise InputRefused(f"the adapter changes {name!r} of shape {list(shape)}", expected="two or three dimensions")
     experts = shape[0] if len(shape) == 3 else 1

@@ -7,7 +7,7 @@ Orientation comes from a module's class and never from `fan_in_fan_out` or a sha
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class ModelLayout:
     """state: shape by name in state-dict order, tied names left out. tied: alias -> the name that is stored.
 
     input_embedding, output_embedding: names of their modules. model: the architecture on the meta device.
+    renamed: from the model's name of a tensor to the checkpoint's, where they differ.
     """
 
     state: Mapping[str, tuple[int, ...]]
@@ -50,6 +51,11 @@ class ModelLayout:
     input_embedding: str | None
     output_embedding: str | None
     model: transformers.PreTrainedModel
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def stored(self, name: str) -> str:
+        """The name in the checkpoint's files of a tensor that the installed transformers may call otherwise."""
+        return self.renamed.get(name, name)
 
     @property
     def matrices(self) -> dict[str, Orientation]:

@@ -10,6 +10,7 @@ from exporter.merging.int8 import quantized_modules
 from exporter.merging.lora import lora_changes
 from exporter.merging.modules import OLD_BUFFERS, ModelLayout, find_name, model_layout
 from exporter.merging.saved import check_saved, replacements, token_rows
+from exporter.merging.stored_names import as_stored
 from exporter.merging.tuners import peft_changes
 from exporter.sources.adapter import LORA, TRAINABLE_TOKENS, Adapter
 from exporter.sources.checkpoint import Checkpoint
@@ -116,7 +117,7 @@ def plan_merge(
     if onto not in ("original", "int8"):
         raise UsageError(f"--onto {onto}", expected="original or int8")
     check_full_precision(base.config, base)
-    layout = model_layout(base.directory, base.config)
+    layout = as_stored(model_layout(base.directory, base.config), base.tensors)
     sources, dropped = _match_base(base, layout)
     asked = _match_adapters(adapters, layout, sources)
     layout, untied = _untie(base, layout, asked)
@@ -145,8 +146,9 @@ class _Asked:
     replacement: TensorInfo | None = None
 
     @property
-    def only_rows(self) -> bool:
-        return self.replacement is None and all(isinstance(change, ReplaceRows) for change in self.changes)
+    def is_shared(self) -> bool:
+        """What is asked, is asked of the tied weights too."""
+        return self.replacement is None and all(isinstance(c, ReplaceRows) and c.is_shared for c in self.changes)
 
 
 def _output(name: str, base: TensorInfo, asked: _Asked, dtype: str) -> OutputTensor:
@@ -267,13 +269,19 @@ def _untie(base: Checkpoint, layout: ModelLayout, asked: dict[str, _Asked]) -> t
     """
     together = _join_equal(layout, asked)
     pairs = {**layout.tied, **{stored: alias for alias, stored in layout.tied.items()}}
-    split = [n for n, entry in asked.items() if n in pairs and n not in together and not entry.only_rows]
+    split = [n for n, entry in asked.items() if n in pairs and n not in together and not entry.is_shared]
     if not split:
         return layout, {}
+    shared = [n for n, entry in asked.items() if n in pairs and entry.is_shared]
+    if shared:
+        raise InputRefused(
+            f"tokens of {shared[0]!r} are trained, and {split[0]!r}, which is tied to it, is changed otherwise",
+            expected="one or the other: trained tokens are those of both",
+        )
     name = split[0]
     loose = layout
     if not base.config.get("is_encoder_decoder"):  # T5 scales its output only if the embeddings are tied
-        loose = model_layout(base.directory, base.config, untied=True)
+        loose = as_stored(model_layout(base.directory, base.config, untied=True), base.tensors)
     if any(n in loose.tied or n in loose.tied.values() for n in split):
         raise InputRefused(
             f"the adapter changes {name!r}, whose weight is tied to {pairs[name]!r}",

@@ -11,10 +11,21 @@ Orientation = Literal["in_out", "out_in"]
 
 
 @dataclass(frozen=True, slots=True)
+class StackPart:
+    """A stored matrix `name` that is rows `start` to `stop` of the matrix of one expert in a stack."""
+
+    name: str
+    expert: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
 class LowRank:
     """Adds scale * B A (LoRA). down is A (r, in), up is B (out, r); `scale` includes the adapter's weight.
 
     experts > 1: a stack of matrices with A (experts * r, in) and B (out, r * experts), PEFT's `target_parameters`.
+    part: the tensor is stored apart, and is this part of the stack.
     """
 
     module: str
@@ -24,6 +35,7 @@ class LowRank:
     scale: float
     orientation: Orientation
     experts: int = 1
+    part: StackPart | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +60,15 @@ class AddVector:
 
 @dataclass(frozen=True, slots=True)
 class ReplaceRows:
-    """Puts other values into the rows of some tokens (`trainable_token_indices`). values (len(rows), d)."""
+    """Puts other values into the rows of some tokens (`trainable_token_indices`). values (len(rows), d).
+
+    is_shared: of an input embedding and of everything that is tied to it.
+    """
 
     module: str
     values: TensorInfo
     rows: tuple[int, ...]
+    is_shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)

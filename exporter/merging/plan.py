@@ -147,8 +147,12 @@ class _Asked:
 
     @property
     def is_shared(self) -> bool:
-        """What is asked, is asked of the tied weights too."""
-        return self.replacement is None and all(isinstance(c, ReplaceRows) and c.is_shared for c in self.changes)
+        """Its changes are those of the tied weights too."""
+        return all(isinstance(change, ReplaceRows) and change.is_shared for change in self.changes)
+
+    @property
+    def only_shared_rows(self) -> bool:
+        return self.replacement is None and self.is_shared
 
 
 def _output(name: str, base: TensorInfo, asked: _Asked, dtype: str) -> OutputTensor:
@@ -269,10 +273,10 @@ def _untie(base: Checkpoint, layout: ModelLayout, asked: dict[str, _Asked]) -> t
     """
     together = _join_equal(layout, asked)
     pairs = {**layout.tied, **{stored: alias for alias, stored in layout.tied.items()}}
-    split = [n for n, entry in asked.items() if n in pairs and n not in together and not entry.is_shared]
+    split = [n for n, entry in asked.items() if n in pairs and n not in together and not entry.only_shared_rows]
     if not split:
         return layout, {}
-    shared = [n for n, entry in asked.items() if n in pairs and entry.is_shared]
+    shared = [n for n, entry in asked.items() if n in pairs and entry.only_shared_rows]
     if shared:
         raise InputRefused(
             f"tokens of {shared[0]!r} are trained, and {split[0]!r}, which is tied to it, is changed otherwise",
@@ -293,20 +297,20 @@ def _untie(base: Checkpoint, layout: ModelLayout, asked: dict[str, _Asked]) -> t
 
 def _join_equal(layout: ModelLayout, asked: dict[str, _Asked]) -> set[str]:
     """Names of tied weights that one replacement serves: both halves were saved with equal bytes, or one half of a
-    resized pair was saved, for PEFT saves embeddings of its own accord where they were resized.
+    resized pair was saved, for PEFT saves embeddings of its own accord where they were resized. Trained tokens of both
+    come on top.
     """
     together = set()
     for alias, stored in layout.tied.items():
-        first, second = asked.get(alias), asked.get(stored)
-        halves = [half for half in (first, second) if half]
-        if not halves or any(half.changes or half.replacement is None for half in halves):
-            continue
+        halves = [asked[name] for name in (alias, stored) if name in asked]
         values = [half.replacement for half in halves if half.replacement]
+        if not values or not all(half.is_shared for half in halves):
+            continue
         if len(values) == 2 and not equal_bytes(values[0], values[1]):
             continue
         if len(values) == 1 and values[0].shape == layout.state[stored]:
             continue
-        asked[stored] = halves[-1]
+        asked[stored] = _Asked(tuple(change for half in halves for change in half.changes), values[-1])
         asked.pop(alias, None)
         together.add(stored)
     return together
@@ -373,6 +377,8 @@ def _check_shape(info: TensorInfo, allowed: list[tuple[int, ...]]) -> None:
 
 def _check_factors(change: LowRank, tensor: OutputTensor) -> None:
     outputs, inputs = change.up.shape[0], change.down.shape[1]
+    if change.part is not None:
+        outputs = change.part.stop - change.part.start
     weight = tensor.shape[-2:] if change.orientation == "out_in" else tensor.shape[-2:][::-1]
     if (outputs, inputs) != weight:
         raise InputRefused(

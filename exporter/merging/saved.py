@@ -2,21 +2,26 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from exporter.errors import InputRefused
 from exporter.merging.changes import ReplaceRows
 from exporter.merging.modules import ModelLayout, find_name
 from exporter.sources.adapter import CONFIG, TRAINABLE_TOKENS, Adapter
-from exporter.sources.tensors import FLOATS, TensorInfo
+from exporter.sources.tensors import FLOATS, TensorInfo, equal_bytes
 
 TOKENS = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?")
-# `<module>.modules_to_save.<adapter>.weight`, `<module>.base_layer.weight`
-INSERTED = re.compile(r"\.modules_to_save(?:\.(?!weight$|bias$)[^.]+(?=\.))?|\.base_layer|\.original_module")
+# `<module>.modules_to_save.<adapter>.weight`, `<module>.base_layer.weight`, `<module>.token_adapter.base_layer.weight`
+INSERTED = re.compile(
+    r"\.modules_to_save(?:\.(?!weight$|bias$)[^.]+(?=\.))?|\.token_adapter|\.base_layer|\.original_module"
+)
+# With bias="all", what modules_to_save replaced is stored once more, as the base had it.
+UNUSED = ".original_module."
 
 
 def token_rows(adapter: Adapter, layout: ModelLayout) -> tuple[dict[str, ReplaceRows], set[str]]:
-    """Rows of trained tokens by stored tensor, and the adapter's tensors that hold them."""
+    """Rows of trained tokens by the model's own name of a weight, and the adapter's tensors that hold them."""
     changes: dict[str, ReplaceRows] = {}
     consumed: set[str] = set()
     for name, info in adapter.tensors.items():
@@ -24,21 +29,39 @@ def token_rows(adapter: Adapter, layout: ModelLayout) -> tuple[dict[str, Replace
         if match is None:
             continue
         module = find_name(match["module"], layout.modules, layout.prefix)
-        stored = f"{module}.weight"
-        stored = layout.tied.get(stored, stored)
-        if module is None or stored not in layout.state:
+        weight = f"{module}.weight"
+        shape = layout.state.get(layout.tied.get(weight, weight))
+        if module is None or shape is None:
             raise InputRefused(f"the adapter trains tokens of {match['module']!r}", expected="an embedding of the base")
-        if stored in changes:
-            raise InputRefused(f"the adapter trains tokens of {stored!r} twice", expected="once")
+        if weight in changes:
+            raise InputRefused(f"the adapter trains tokens of {weight!r} twice", expected="once")
         rows = _rows(adapter.config, match["module"], adapter.method)
-        width = layout.state[stored][1:]
-        if info.dtype not in FLOATS or info.shape != (len(rows), *width):
+        if info.dtype not in FLOATS or info.shape != (len(rows), *shape[1:]):
             raise InputRefused(
-                f"{name!r} is {info.dtype} {list(info.shape)}", expected=f"floats of shape {[len(rows), *width]}"
+                f"{name!r} is {info.dtype} {list(info.shape)}", expected=f"floats of shape {[len(rows), *shape[1:]]}"
             )
-        changes[stored] = ReplaceRows(module, info, rows)
+        changes[weight] = ReplaceRows(module, info, rows)
         consumed.add(name)
-    return changes, consumed
+    return _share_rows(changes, layout), consumed
+
+
+def _share_rows(changes: dict[str, ReplaceRows], layout: ModelLayout) -> dict[str, ReplaceRows]:
+    """As PEFT ties them: tokens of an input embedding are those of its tied weights, unless these train others."""
+    embedding = f"{layout.input_embedding}.weight"
+    stored = layout.tied.get(embedding, embedding)
+    tied = {stored, *(alias for alias, name in layout.tied.items() if name == stored)}
+    group = [change for name, change in changes.items() if name in tied]
+    if len(tied) == 1 or embedding not in changes or len({change.rows for change in group}) > 1:
+        return changes
+    first = changes[embedding]
+    if not all(equal_bytes(first.values, change.values) for change in group):
+        raise InputRefused(
+            f"{first.values.file.name} holds two values for the trained tokens of {embedding!r} and its tied weights",
+            expected="equal values: PEFT trains them as one",
+            todo="save the adapter again",
+        )
+    others = {name: change for name, change in changes.items() if name not in tied}
+    return {**others, stored: replace(first, is_shared=True)}
 
 
 def _rows(config: Mapping[str, Any], module: str, method: str) -> tuple[int, ...]:
@@ -56,7 +79,7 @@ def replacements(adapter: Adapter, names: set[str], layout: ModelLayout) -> dict
     """The adapter's tensors `names`, each of which takes the place of a tensor of the base, by the base's name."""
     found: dict[str, TensorInfo] = {}
     known = {**layout.state, **{alias: () for alias in layout.tied}}
-    for name in sorted(names):
+    for name in sorted(names, key=lambda name: (UNUSED in name, name)):
         info = adapter.tensors[name]
         target = find_name(INSERTED.sub("", name), known, layout.prefix)
         if target is None:
@@ -66,6 +89,8 @@ def replacements(adapter: Adapter, names: set[str], layout: ModelLayout) -> dict
                 expected="tensors named <module>.lora_A.weight and <module>.lora_B.weight, or saved modules",
                 todo="check that the adapter was trained on this base",
             )
+        if target in found and (UNUSED in name or equal_bytes(info, found[target])):
+            continue
         if target in found:
             raise InputRefused(f"{adapter.file.name} holds {target!r} twice", expected="each tensor once")
         if info.dtype not in FLOATS:

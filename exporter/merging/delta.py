@@ -104,6 +104,11 @@ def _low_rank(change: LowRank, dtype: torch.dtype) -> Update:
     # A (experts * r, in), B (out, r * experts): PEFT's ParamWrapper.get_delta_weight
     downs = down.reshape(change.experts, -1, down.shape[-1])  # (E, r, in)
     ups = up.reshape(up.shape[0], -1, change.experts).permute(2, 0, 1).contiguous()  # (E, out, r)
+    if change.part is not None:
+        own_down, own_up = downs[change.part.expert], ups[change.part.expert, change.part.start : change.part.stop]
+        return lambda rows, start, stop: lora_delta_rows(
+            own_down, own_up, change.scale, change.orientation, start, stop
+        ).add_(rows)
     per_expert = downs.shape[2] if change.orientation == "in_out" else ups.shape[1]
 
     def update(rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:

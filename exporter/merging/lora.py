@@ -7,7 +7,7 @@ Names are PEFT's (`peft/utils/save_and_load.py`): `<module>.lora_A.weight`, with
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from exporter.errors import InputRefused
@@ -98,7 +98,7 @@ def _changes_of(
     info = layout.modules[module]
     targeted = _targeted_parameters(module, info, adapter.config)
     if targeted:
-        return [_stacked(group, module, targeted, info, adapter, weight, layout)]
+        return _stacked(group, module, targeted, info, adapter, weight, layout)
     if info.is_convolution:
         _refuse_weight(weight, group.module, "a convolution")
         own = {module + name.removeprefix(group.module): adapter.tensors[name] for name in group.names}
@@ -169,7 +169,7 @@ def _stacked(
     adapter: Adapter,
     weight: float,
     layout: ModelLayout,
-) -> tuple[str, Change]:
+) -> list[tuple[str, Change]]:
     """PEFT wraps a module once for each targeted parameter, in their order, so the last one is the outermost."""
     if group.depth >= len(targeted):
         raise InputRefused(
@@ -177,7 +177,7 @@ def _stacked(
         )
     parameter = targeted[len(targeted) - 1 - group.depth]
     name = f"{module}.{parameter}"
-    shape = layout.state.get(layout.stored(name), ())
+    shape = tuple(layout.model.get_parameter(name).shape)
     if len(shape) not in (2, 3):
         raise InputRefused(f"the adapter changes {name!r} of shape {list(shape)}", expected="two or three dimensions")
     experts = shape[0] if len(shape) == 3 else 1
@@ -186,7 +186,17 @@ def _stacked(
     if len(down.shape) != 2 or len(up.shape) != 2 or down.shape[0] != rank * experts or up.shape[1] != rank * experts:
         _refuse_rank(group, down, up, rank * experts)
     orientation = "in_out" if experts > 1 and info.is_transposed else "out_in"
-    return name, LowRank(module, down, up, rank, scale * weight, orientation, experts)
+    change = LowRank(module, down, up, rank, scale * weight, orientation, experts)
+    parts = layout.stacks.get(name)
+    if parts is None:
+        return [(name, change)]
+    if not parts or orientation == "in_out" or (up.shape[0], down.shape[1]) != shape[1:]:
+        raise InputRefused(
+            f"the adapter changes {name!r}, which the base stores in {len(parts) or 'other'} tensors",
+            expected="a stack of experts whose matrices are stored one by one",
+            todo="train the adapter on the modules that the checkpoint stores",
+        )
+    return [(part.name, replace(change, part=part)) for part in parts]
 
 
 def _targeted_parameters(module: str, info: ModuleInfo, config: Mapping[str, Any]) -> list[str]:
@@ -264,8 +274,13 @@ def _check_every_target(adapter: Adapter, present: set[str], layout: ModelLayout
 def _check_every_parameter(adapter: Adapter, changes: Mapping[str, list[Change]], layout: ModelLayout) -> None:
     """`target_parameters` names bare parameters, such as stacks of experts: each of them must have its factors."""
     for target in adapter.config.get("target_parameters") or []:
-        wanted = [name for name in layout.state if name == target or name.endswith(f".{target}")]
-        missing = [name for name in wanted if name not in changes]
+        known = [*layout.state, *layout.renamed, *layout.stacks]
+        wanted = [name for name in known if name == target or name.endswith(f".{target}")]
+        missing = [
+            name
+            for name in wanted
+            if not changes.keys() & {layout.stored(name), *(p.name for p in layout.stacks.get(name, ()))}
+        ]
         if not wanted or missing:
             raise InputRefused(
                 f"{adapter.directory} targets the parameter {target} and has no factors for "

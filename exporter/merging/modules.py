@@ -16,7 +16,7 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 from exporter.errors import InputRefused
-from exporter.merging.changes import Orientation
+from exporter.merging.changes import Orientation, StackPart
 
 # Buffers that old checkpoints carry and current model classes compute.
 OLD_BUFFERS = re.compile(r"(.*\.)?((attn|attention)\.(bias|masked_bias)|rotary_emb\.inv_freq|embeddings\.position_ids)")
@@ -41,7 +41,8 @@ class ModelLayout:
     """state: shape by name in state-dict order, tied names left out. tied: alias -> the name that is stored.
 
     input_embedding, output_embedding: names of their modules. model: the architecture on the meta device.
-    renamed: from the model's name of a tensor to the checkpoint's, where they differ.
+    renamed: from the model's name of a tensor to the checkpoint's, where they differ. stacks: the model's name of a
+    stack of matrices to the checkpoint's tensors that loading makes it of.
     """
 
     state: Mapping[str, tuple[int, ...]]
@@ -52,6 +53,7 @@ class ModelLayout:
     output_embedding: str | None
     model: transformers.PreTrainedModel
     renamed: Mapping[str, str] = field(default_factory=dict)
+    stacks: Mapping[str, tuple[StackPart, ...]] = field(default_factory=dict)
 
     def stored(self, name: str) -> str:
         """The name in the checkpoint's files of a tensor that the installed transformers may call otherwise."""

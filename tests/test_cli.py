@@ -36,7 +36,7 @@ def test_merge_and_inspect_with_json(pair: Pair, tmp_path: Path) -> None:
 
 def test_dry_run_writes_nothing(pair: Pair, tmp_path: Path) -> None:
     done = call("merge", "--base", pair.base, "--adapter", pair.adapter, "--out", tmp_path / "out", "--dry-run")
-    assert "changed   3 matrices: c_attn (r=4, scale 4, in_out)" in done.stdout
+    assert "changed   3 tensors: 3 x c_attn (LoRA, r=4, scale 4, in_out)" in done.stdout
     assert not (tmp_path / "out").exists()
 
 
@@ -84,8 +84,10 @@ def test_every_command_has_help_with_an_example() -> None:
 
 def test_terminated_is_143_and_leaves_nothing(pair: Pair, tmp_path: Path) -> None:
     program = (
-        "import time, exporter.merging.merge as m, exporter.cli as c, sys\n"
-        "def slow(*a, **k): print('writing', flush=True); time.sleep(60)\n"
+        "import time, exporter.merging.shards as m, exporter.cli as c, sys\n"
+        "def slow(*a, task, **k):\n"
+        "    print('writing', flush=True)\n"
+        "    while True: time.sleep(0.01); task.advance(0)\n"
         "m.write_shard = slow\n"
         f"sys.argv = ['exporter', 'merge', '--base', {str(pair.base)!r}, '--adapter', {str(pair.adapter)!r},"
         f" '--out', {str(tmp_path / 'out')!r}]\n"

@@ -48,7 +48,7 @@ def run(place: Path, arguments: list[object]) -> str:
 @pytest.mark.parametrize("command", commands())
 def test_a_command_of_the_readme(place: Path, command: str, tmp_path: Path) -> None:
     values = {"BASE": PAIR / "base", "B": PAIR / "base", "ADAPTER": PAIR / "adapter", "A": PAIR / "adapter"}
-    values |= dict.fromkeys(["CHECKPOINT", "BUNDLE"], "artifacts/demo/merged")
+    values |= dict.fromkeys(["CHECKPOINT", "BUNDLE", "MERGED"], "artifacts/demo/merged")
     values |= {"TEXT": "The", "FILE": "captured"}
     words = [str(values.get(word, word)) for word in shlex.split(command)]
     if "DIR" in words:

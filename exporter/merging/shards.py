@@ -20,6 +20,8 @@ from exporter.progress import SILENT, Progress, Task
 
 # Files at once: one file takes one writer, and while one shard waits for its bytes the other computes.
 WORKERS = 2
+# A signal that comes just before a wait without end is handled only after it.
+POLL_SECONDS = 0.25
 
 
 def write_shards(
@@ -39,15 +41,16 @@ def write_shards(
     """
     names = shard_names(len(plan.shards))
     proving = progress.task("proving", plan.nbytes, "B") if proven else SILENT.task("proving", 0)
-    with progress.task("merging", plan.nbytes, "B") as writing, proving as reading:
+    nbytes = sum(layout.size for layout in layouts)
+    with progress.task("merging", nbytes, "B") as writing, proving as reading:
         stopping = Event()
         written, proved = _Stoppable(writing, stopping), _Stoppable(reading, stopping)
 
         def make(name: str, layout: ShardLayout, shard: tuple[OutputTensor, ...]) -> FinishedShard:
             known = journal.finished(name)
             if known is not None:
-                for task in (written, proved):
-                    task.advance(sum(tensor.nbytes for tensor in shard))
+                written.advance(layout.size)
+                proved.advance(sum(tensor.nbytes for tensor in shard))
                 return known
             path, share = partial_path(out / name), memory // WORKERS
             tensors = write_shard(path, layout, shard, plan.layout, memory=share, hashed=proven, task=written)
@@ -59,11 +62,12 @@ def write_shards(
             return finished
 
         with _single_threaded(), ThreadPoolExecutor(WORKERS) as pool:
-            futures = [pool.submit(make, *one) for one in zip(names, layouts, plan.shards, strict=True)]
             try:
-                wait(futures, return_when=FIRST_EXCEPTION)
-                for future in futures:
-                    if future.done():
+                futures = [pool.submit(make, *one) for one in zip(names, layouts, plan.shards, strict=True)]
+                waiting = set(futures)
+                while waiting:
+                    done, waiting = wait(waiting, POLL_SECONDS, return_when=FIRST_EXCEPTION)
+                    for future in done:
                         future.result()  # the first error, without waiting for the shards beside it
                 return {name: future.result() for name, future in zip(names, futures, strict=True)}
             except BaseException:

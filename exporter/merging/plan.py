@@ -254,13 +254,14 @@ def _read_adapter(
                 expected="weight 1: only LoRA can be weighted",
             )
         changes, consumed = peft_changes(adapter, layout, sources)
+    adapted = {name.rpartition(".")[0] for name in changes}
     rows, row_names = token_rows(adapter, layout)
     for name, change in rows.items():
         if weight != 1:
             raise InputRefused(f"the weight {weight:g} for trained tokens of {name!r}", expected="weight 1")
         changes.setdefault(name, []).append(change)
     replaced = replacements(adapter, set(adapter.tensors) - consumed - row_names, layout)
-    check_saved(adapter, replaced, rows, layout)
+    check_saved(adapter, replaced, adapted, layout)
     if not changes and not replaced:
         raise InputRefused(f"{adapter.directory} changes no tensor of the base", expected="an adapter for this base")
     return changes, replaced

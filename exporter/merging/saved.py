@@ -1,14 +1,14 @@
 """What an adapter stores whole: `modules_to_save`, trained biases, resized embeddings, and rows of trained tokens."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 from exporter.errors import InputRefused
 from exporter.merging.changes import ReplaceRows
 from exporter.merging.modules import ModelLayout, find_name
-from exporter.sources.adapter import CONFIG, TRAINABLE_TOKENS, Adapter
+from exporter.sources.adapter import CONFIG, LORA, TRAINABLE_TOKENS, Adapter
 from exporter.sources.tensors import FLOATS, TensorInfo, equal_bytes
 
 TOKENS = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?")
@@ -42,7 +42,23 @@ def token_rows(adapter: Adapter, layout: ModelLayout) -> tuple[dict[str, Replace
             )
         changes[weight] = ReplaceRows(module, info, rows)
         consumed.add(name)
+    _check_tokens(adapter, changes, layout)
     return _share_rows(changes, layout), consumed
+
+
+def _check_tokens(adapter: Adapter, changes: Mapping[str, ReplaceRows], layout: ModelLayout) -> None:
+    """Every module whose tokens were trained has them, but for what is tied to an input embedding of the same ones."""
+    says = "trainable_token_indices"
+    value = adapter.config.get(says)
+    if value and not changes:
+        _refuse_incomplete(adapter, "trained tokens", says)
+    embedding = changes.get(f"{layout.input_embedding}.weight")
+    for wanted, ids in value.items() if isinstance(value, dict) else ():
+        if any(f".{change.module}".endswith(f".{wanted}") for change in changes.values()):
+            continue
+        is_tied = any(f".{alias}".endswith(f".{wanted}.weight") for alias in layout.tied)
+        if not is_tied or embedding is None or embedding.rows != tuple(ids):
+            _refuse_incomplete(adapter, f"trained tokens of {wanted!r}", says)
 
 
 def _share_rows(changes: dict[str, ReplaceRows], layout: ModelLayout) -> dict[str, ReplaceRows]:
@@ -100,22 +116,34 @@ def replacements(adapter: Adapter, names: set[str], layout: ModelLayout) -> dict
 
 
 def check_saved(
-    adapter: Adapter, replaced: Mapping[str, TensorInfo], tokens: Mapping[str, ReplaceRows], layout: ModelLayout
+    adapter: Adapter, replaced: Mapping[str, TensorInfo], adapted: Collection[str], layout: ModelLayout
 ) -> None:
-    """Everything that the configuration says was trained whole has its tensors in the adapter's file."""
+    """Everything that the configuration says was trained whole has its tensors. adapted: modules with factors."""
     for wanted in adapter.config.get("modules_to_save") or []:
         modules = [m for m in layout.modules if m == wanted or m.endswith(f".{wanted}")]
         if not modules:
             raise InputRefused(f"{CONFIG} saves {wanted!r}, which the base does not have", expected="a module's name")
         for module in modules:
-            if not any(name.startswith(f"{module}.") for name in replaced):
-                _refuse_incomplete(adapter, f"tensor of {module!r}", f"modules_to_save {wanted}")
-    bias = adapter.config.get("bias", "none")
-    has_bias = any(name.endswith(".bias") for name in layout.state)
-    if bias in ("all", "lora_only") and has_bias and not any(name.endswith(".bias") for name in replaced):
-        _refuse_incomplete(adapter, "bias", f"bias {bias}")
-    if adapter.config.get("trainable_token_indices") and not tokens:
-        _refuse_incomplete(adapter, "trained tokens", "trainable_token_indices")
+            names = [name for name in (*layout.state, *layout.tied) if name.startswith(f"{module}.")]
+            _require(names, adapter, replaced, layout, f"modules_to_save {wanted}")
+    if adapter.method != LORA:
+        return  # PEFT's own layers check the biases of other methods
+    bias = adapter.config.get("bias")
+    if bias == "all":
+        _require([name for name in layout.state if "bias" in name], adapter, replaced, layout, "bias all")
+    elif bias == "lora_only":
+        names = [f"{module}.bias" for module in adapted if f"{module}.bias" in layout.state]
+        _require(names, adapter, replaced, layout, "bias lora_only")
+
+
+def _require(
+    names: Collection[str], adapter: Adapter, replaced: Mapping[str, TensorInfo], layout: ModelLayout, says: str
+) -> None:
+    """A tied weight may stand under either of its names."""
+    present = {layout.tied.get(name, name) for name in replaced}
+    missing = [name for name in names if layout.tied.get(name, name) not in present]
+    if missing:
+        _refuse_incomplete(adapter, repr(missing[0]) + (f" and {len(missing) - 1} more" if missing[1:] else ""), says)
 
 
 def _refuse_incomplete(adapter: Adapter, lacking: str, says: str) -> None:

@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, get_peft_model
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.boft import layer as boft_layer
 from safetensors.torch import load_file
 from transformers import (
@@ -202,13 +202,17 @@ class Made:
         )
 
 
-def adapted(case: Case, base: PreTrainedModel) -> PeftModel:
+def peft_config(case: Case) -> PeftConfig:
     options = {"target_modules": (NORMS if case.peft_type == "LN_TUNING" else TARGETS)[case.architecture]}
     if case.peft_type == "IA3":
         options["feedforward_modules"] = TARGETS[case.architecture][-1:]
     options |= OPTIONS[case.peft_type] | case.options
     config: Any = PEFT_TYPE_TO_CONFIG_MAPPING[case.peft_type]  # type: ignore[index]
-    return get_peft_model(base, config(**options))  # type: ignore[return-value]
+    return config(**options)
+
+
+def adapted(case: Case, base: PreTrainedModel) -> PeftModel:
+    return get_peft_model(base, peft_config(case))  # type: ignore[return-value]
 
 
 @functools.cache

@@ -51,6 +51,10 @@ class Precision(StrEnum):
     int4 = "int4"
 
 
+class Adapters(StrEnum):
+    separate = "separate"
+
+
 class Target(StrEnum):
     cpu = "cpu"
     cuda = "cuda"
@@ -197,7 +201,16 @@ def unmerge(
 
 @app.command(epilog="`exporter export artifacts/demo/merged --precision native --precision int8`")
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A transformers directory with safetensors weights.")],
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="A transformers directory with safetensors weights.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="In place of CHECKPOINT, with --adapter.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="A directory or a hub id, or NAME=EITHER. Repeat for several.")
+    ] = None,
+    adapters: Annotated[
+        Adapters | None, typer.Option(help="`separate`: a graph over the base, adapters chosen at run time.")
+    ] = None,
     precision: Annotated[list[Precision] | None, typer.Option(help="Repeat for several; default native.")] = None,
     target: Annotated[list[Target] | None, typer.Option(help="Repeat for several; default cpu.")] = None,
     builder: Annotated[Builder, typer.Option(help="optimum serves architectures without a builder.")] = Builder.native,
@@ -211,6 +224,9 @@ def export(
     progress = _start(quiet, verbose)
     bundles = exporter.export(
         checkpoint,
+        base=base,
+        adapter=adapter or (),
+        adapters=None if adapters is None else adapters.value,
         precision=precision or ("native",),
         target=target or ("cpu",),
         builder=builder.value,
@@ -339,6 +355,7 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(min=0.01)] = 1.0,
     seed: int = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop at this text. Repeat for several.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="One that was exported with `--adapters separate`.")] = None,
     stream: Annotated[bool, typer.Option(help="Print pieces as they come.")] = False,
     provider: Annotated[str | None, typer.Option(help="CPUExecutionProvider or CUDAExecutionProvider.")] = None,
     json: JsonOption = False,
@@ -360,6 +377,7 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop=stop or (),
+        adapter=adapter,
         provider=provider,
         on_text=on_text,
     )

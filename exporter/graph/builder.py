@@ -40,6 +40,7 @@ class GraphBuilder:
     def __init__(self) -> None:
         self._nodes: list[ir.Node] = []
         self._initializers: dict[str, ir.Value] = {}
+        self._empty_inputs: list[ir.Value] = []
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
         return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
@@ -47,6 +48,15 @@ class GraphBuilder:
     def optional_input(self, name: str, dtype: ir.DataType, default: Sequence[int]) -> ir.Value:
         """An input that a caller may leave out: an initializer of the same name holds its default."""
         return self.constant(default, dtype, name)
+
+    def empty_input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        """An input that a caller may leave out: its default has size 0 along the named dimensions of `shape`."""
+        array = np.zeros([0 if isinstance(size, str) else size for size in shape], dtype.numpy())
+        tensor = ir.tensor(array, dtype=dtype, name=name)
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape), const_value=tensor)
+        self._initializers[name] = value
+        self._empty_inputs.append(value)
+        return value
 
     def op(
         self,
@@ -96,8 +106,9 @@ class GraphBuilder:
         return result
 
     def build(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], metadata: dict[str, str]) -> ir.Model:
+        """`inputs` come first; what `empty_input` made follows."""
         graph = ir.Graph(
-            inputs,
+            [*inputs, *self._empty_inputs],
             outputs,
             nodes=self._nodes,
             initializers=list(self._initializers.values()),

@@ -6,6 +6,7 @@ from typing import Any
 
 from exporter.errors import InputRefused, UsageError
 from exporter.files import lock_directory, removed_if_empty, write_atomically
+from exporter.graph.adapters import FORMULA, SUFFIX, RuntimeAdapter, adapted_modules, write_adapters
 from exporter.graph.builder import OPSET, exporter_version, is_ours, serialize
 from exporter.graph.bundle import GRAPHS, STAGE, Bundle, bundle_name, bundles_in, describe_known
 from exporter.graph.genai_config import genai_config
@@ -17,6 +18,7 @@ from exporter.graph.weights import WEIGHTS, open_weights
 from exporter.manifest import describe_file, file_is_unchanged, read_manifest, versions, write_stage
 from exporter.progress import SILENT, Progress
 from exporter.sources.checkpoint import Checkpoint, open_checkpoint
+from exporter.sources.tokenizer import TOKENIZER_JSON, build_tokenizer_json
 
 PRECISIONS = ("native", "fp32", "fp16", "int8", "int4")
 BUILDERS = ("native", "optimum")
@@ -39,8 +41,11 @@ COMPANIONS = (
 
 
 def export(
-    checkpoint: Path | str,
+    checkpoint: Path | str | None = None,
     *,
+    base: Path | str | None = None,
+    adapter: Path | str | Sequence[Path | str] = (),
+    adapters: str | None = None,
     precision: Sequence[str] = ("native",),
     target: Sequence[str] = ("cpu",),
     builder: str = "native",
@@ -51,13 +56,35 @@ def export(
     """Write one bundle for each precision and target.
 
     native points into the checkpoint's own safetensors and lies in its directory; the others stand alone in
-    `<out or the checkpoint's parent>/<precision>[-cuda]/`. Raises UsageError (unknown name, foreign output without
-    `force`), InputRefused (a checkpoint that cannot be honoured), EnvironmentLacking (disk, optimum).
+    `<out or the checkpoint's parent>/<precision>[-cuda]/`. In place of a checkpoint, `base` and `adapter` with
+    `adapters` "separate" give a graph over the base in `out`, and adapters that are chosen at run time.
+    Raises UsageError (unknown name, foreign output without `force`), InputRefused (a checkpoint that cannot be
+    honoured), EnvironmentLacking (disk, optimum).
     """
-    checkpoint, out = Path(checkpoint), None if out is None else Path(out)
+    out = None if out is None else Path(out)
     _check_names("precision", precision, PRECISIONS)
     _check_names("target", target, tuple(GRAPHS))
     _check_names("builder", [builder], BUILDERS)
+    if adapters is not None:
+        _check_names("adapters", [adapters], ("separate",))
+        if checkpoint is not None or base is None or out is None or len(precision) != 1 or builder != "native":
+            raise UsageError(
+                "--adapters separate with other arguments than it takes",
+                expected="--base, --adapter, --out, at most one --precision, the native builder and no CHECKPOINT",
+            )
+        from exporter.graph.separate import export_separate  # it builds on this file
+
+        given = [adapter] if isinstance(adapter, str | Path) else list(adapter)
+        return [
+            export_separate(base, given, out, precision=precision[0], target=one, force=force, progress=progress)
+            for one in dict.fromkeys(target)
+        ]
+    if checkpoint is None or base is not None or adapter:
+        raise UsageError(
+            "no checkpoint to export" if checkpoint is None else "a checkpoint beside --base or --adapter",
+            expected="CHECKPOINT alone, or --base and --adapter with --adapters separate",
+        )
+    checkpoint = Path(checkpoint)
     opened = open_checkpoint(checkpoint)
     if builder == "optimum":
         from exporter.graph.optimum_builder import export_with_optimum  # a builder that needs an optional dependency
@@ -90,8 +117,7 @@ def _check_architecture(checkpoint: Checkpoint) -> None:
 def _export_one(
     checkpoint: Checkpoint, precision: str, target: str, out: Path | None, *, force: bool, progress: Progress
 ) -> Bundle:
-    in_place = all(file.suffix == ".safetensors" and not file.is_symlink() for file in checkpoint.files)
-    if precision == "native" and in_place:
+    if precision == "native" and can_be_pointed_into(checkpoint):
         return export_native(checkpoint.directory, target, force=force)
     if precision == "native" and out is None:
         raise InputRefused(
@@ -103,7 +129,14 @@ def _export_one(
     return export_converted(checkpoint.directory, directory, precision, target, force=force, progress=progress)
 
 
-def export_native(checkpoint_dir: Path, target: str, *, force: bool = False) -> Bundle:
+def can_be_pointed_into(checkpoint: Checkpoint) -> bool:
+    """True for safetensors files that are no links: what ONNX's external data may lie in."""
+    return all(file.suffix == ".safetensors" and not file.is_symlink() for file in checkpoint.files)
+
+
+def export_native(
+    checkpoint_dir: Path, target: str, *, adapters: Sequence[RuntimeAdapter] = (), force: bool = False
+) -> Bundle:
     """A graph in the checkpoint's directory over its own safetensors: no weight is read, copied or converted."""
     checkpoint = open_checkpoint(checkpoint_dir)
     config = read_gpt2_config(checkpoint.config)
@@ -112,10 +145,14 @@ def export_native(checkpoint_dir: Path, target: str, *, force: bool = False) -> 
     with lock_directory(directory):
         manifest = read_manifest(directory)
         _refuse_foreign(bundle, manifest, force=force)
+        _refuse_foreign_adapters(bundle, manifest, adapters, force=force)
         merged = _merge_outputs_hold(directory, manifest)
         weights = {file.name: describe_known(file, manifest) for file in checkpoint.files}
-        _write_graph(bundle, config, checkpoint.tensors, checkpoint.config)
-        _publish_section(bundle, _section(bundle, weights, {"provenance": "merge" if merged else "unknown"}))
+        _write_graph(bundle, config, checkpoint.tensors, checkpoint.config, adapters)
+        facts = {"provenance": "merge" if merged else "unknown"} | _adapter_facts(adapters)
+        section = _section(bundle, weights, facts)
+        section["files"] |= write_adapters(directory, adapters)
+        _publish_section(bundle, section)
     return bundle
 
 
@@ -125,6 +162,7 @@ def export_converted(
     precision: str,
     target: str,
     *,
+    adapters: Sequence[RuntimeAdapter] = (),
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Bundle:
@@ -139,17 +177,19 @@ def export_converted(
         sources = {file.name: describe_known(file, manifest)["sha256"] for file in checkpoint.files}
         digests = write_weights(directory / WEIGHTS, stored, progress)
         copied = _copy_companions(checkpoint.directory, directory)
-        _write_graph(bundle, config, open_weights(directory / WEIGHTS), checkpoint.config)
+        _write_graph(bundle, config, open_weights(directory / WEIGHTS), checkpoint.config, adapters)
         facts: dict[str, Any] = {
             "provenance": "merge" if _merge_outputs_hold(checkpoint.directory, manifest) else "unknown",
             "source": sources,
             "tensors": digests,
-        }
+        } | _adapter_facts(adapters)
         if precision in ("int8", "int4"):
             facts |= {"block": BLOCK, "accuracy_level": ACCURACY_LEVEL[target]}
+        facts |= _merged_onto(manifest)
         weights = {WEIGHTS: describe_file(directory / WEIGHTS)}
         section = _section(bundle, weights, facts)
         section["files"] |= {name: describe_file(directory / name) for name in copied}
+        section["files"] |= write_adapters(directory, adapters)
         _publish_section(bundle, section)
     return bundle
 
@@ -181,14 +221,21 @@ def _storage(config: Gpt2Config, checkpoint: Checkpoint, precision: str, target:
     return stored
 
 
-def _write_graph(bundle: Bundle, config: Gpt2Config, weights: Any, raw_config: dict[str, Any]) -> None:
+def _write_graph(
+    bundle: Bundle,
+    config: Gpt2Config,
+    weights: Any,
+    raw_config: dict[str, Any],
+    adapters: Sequence[RuntimeAdapter] = (),
+) -> None:
     metadata = {
         "exporter.version": exporter_version(),
         "exporter.precision": bundle.precision,
         "exporter.target": bundle.target,
     }
     level = ACCURACY_LEVEL[bundle.target]
-    model = build_gpt2(config, weights, bundle.target, metadata, accuracy_level=level)
+    adapted = adapted_modules(adapters)
+    model = build_gpt2(config, weights, bundle.target, metadata, accuracy_level=level, adapted=adapted)
     write_atomically(bundle.graph, serialize(model))
     if _owns_genai_config(bundle):
         content = genai_config(bundle.directory, raw_config, config, bundle.graph.name, bundle.target)
@@ -225,6 +272,18 @@ def _section(bundle: Bundle, weights: dict[str, dict[str, Any]], facts: dict[str
     } | facts
 
 
+def _adapter_facts(adapters: Sequence[RuntimeAdapter]) -> dict[str, Any]:
+    if not adapters:
+        return {}
+    return {"adapter_formula": FORMULA, "adapters": {adapter.name: adapter.describe() for adapter in adapters}}
+
+
+def _merged_onto(manifest: dict[str, Any] | None) -> dict[str, Any]:
+    """What the merge added to, which `verify` of a bundle that stands alone must know; empty without a merge."""
+    request = ((manifest or {"stages": {}})["stages"].get("merge") or {}).get("request") or {}
+    return {"onto": request["onto"]} if "onto" in request else {}
+
+
 def _merge_outputs_hold(directory: Path, manifest: dict[str, Any] | None) -> bool:
     """True if the weights are those that the merge stage wrote."""
     files = ((manifest or {"stages": {}})["stages"].get("merge") or {}).get("files") or {}
@@ -243,13 +302,30 @@ def _refuse_foreign(bundle: Bundle, manifest: dict[str, Any] | None, *, force: b
         )
 
 
+def _refuse_foreign_adapters(
+    bundle: Bundle, manifest: dict[str, Any] | None, adapters: Sequence[RuntimeAdapter], *, force: bool
+) -> None:
+    """An adapter's file of this name that no export lists is somebody else's."""
+    stages = (manifest or {"stages": {}})["stages"]
+    listed = {name for stage, section in stages.items() if stage.startswith(STAGE) for name in section["files"]}
+    for adapter in adapters:
+        path = bundle.directory / adapter.file
+        if path.exists() and path.name not in listed and not force:
+            raise UsageError(
+                f"{path} is there and was not written by exporter",
+                expected="no such file, or one that the manifest lists",
+                todo="move it away, name the adapter otherwise, or give --force to replace it",
+            )
+
+
 def _refuse_foreign_directory(directory: Path, stage: str, *, force: bool) -> None:
     """Ours: a manifest with nothing but exports, or what an export leaves when it is killed before its manifest."""
     if not directory.is_dir() or force:
         return
     others = {entry.name for entry in directory.iterdir() if not entry.name.startswith(".")}
     stages = (read_manifest(directory) or {"stages": {}})["stages"]
-    unfinished = WEIGHTS in others and others <= {WEIGHTS, GENAI_CONFIG, *GRAPHS.values(), *COMPANIONS}
+    adapters = {name for name in others if name.endswith(SUFFIX)}
+    unfinished = WEIGHTS in others and others - adapters <= {WEIGHTS, GENAI_CONFIG, *GRAPHS.values(), *COMPANIONS}
     ours = bool(stages) and all(stage.startswith(STAGE) for stage in stages)
     if others and not ours and not unfinished:
         raise UsageError(
@@ -263,4 +339,7 @@ def _copy_companions(source: Path, directory: Path) -> list[str]:
     present = [name for name in COMPANIONS if (source / name).is_file()]
     for name in present:
         write_atomically(directory / name, (source / name).read_bytes())
+    if TOKENIZER_JSON not in present and {"vocab.json", "merges.txt"} <= set(present):  # a GPT-2 of 2023
+        write_atomically(directory / TOKENIZER_JSON, build_tokenizer_json(source))
+        present.append(TOKENIZER_JSON)
     return present

@@ -13,6 +13,7 @@ from exporter.errors import InputRefused
 from exporter.graph.attention_inputs import AttentionInputs, biased_attention_inputs, packed_attention_inputs
 from exporter.graph.builder import DTYPES, MICROSOFT, GraphBuilder
 from exporter.graph.gpt2_config import Gpt2Config
+from exporter.graph.low_rank import add_low_rank
 from exporter.graph.weights import Quantized, Weight
 
 PREFIX = "transformer."
@@ -32,6 +33,7 @@ class Gpt2Graph:
     weights: Mapping[str, Weight]  # names without the `transformer.` prefix
     target: str
     accuracy_level: int  # of MatMulNBits: 4 = int8 activations
+    adapted: frozenset[str] = frozenset()  # modules whose LoRA factors are inputs, such as h.0.attn.c_attn
 
     def build(self, metadata: dict[str, str]) -> ir.Model:
         """Inputs input_ids, attention_mask, position_ids (int64) and the cache; outputs logits (float32), cache."""
@@ -116,9 +118,10 @@ class Gpt2Graph:
         """x W, without the bias: the next node takes it in."""
         weight = self.weights[f"{name}.weight"]
         if isinstance(weight, Quantized):
-            return self._linear_quantized(b, weight, x, self.dtype)
-        (y,) = b.op("MatMul", [x, self._parameter(b, f"{name}.weight")], name=f"{name}{suffix}")
-        return y
+            y = self._linear_quantized(b, weight, x, self.dtype)
+        else:
+            (y,) = b.op("MatMul", [x, self._parameter(b, f"{name}.weight")], name=f"{name}{suffix}")
+        return add_low_rank(b, name, x, y, weight.shape, self.dtype) if name in self.adapted else y
 
     def _linear_quantized(self, b: GraphBuilder, weight: Quantized, x: ir.Value, dtype: ir.DataType) -> ir.Value:
         inputs = [x, b.weight(weight.codes), b.cast(b.weight(weight.scales), dtype)]
@@ -180,6 +183,8 @@ class Gpt2Graph:
         else:
             table = b.cast(b.weight(weight), FLOAT)  # (V, E): transB, for a Transpose node would hold it twice
             (logits,) = b.op("FusedMatMul", [x, table], {"transB": 1}, domain=MICROSOFT, name="lm_head")
+        if "lm_head" in self.adapted:
+            logits = add_low_rank(b, "lm_head", x, logits, weight.shape[::-1], FLOAT)
         logits.name, logits.dtype = "logits", FLOAT
         logits.shape = ir.Shape(["batch", "kept_sequence", self.config.vocab_size])
         return logits
@@ -236,7 +241,13 @@ def gpt2_weights(config: Gpt2Config, weights: Mapping[str, Weight]) -> dict[str,
 
 
 def build_gpt2(
-    config: Gpt2Config, weights: Mapping[str, Weight], target: str, metadata: dict[str, str], *, accuracy_level: int = 0
+    config: Gpt2Config,
+    weights: Mapping[str, Weight],
+    target: str,
+    metadata: dict[str, str],
+    *,
+    accuracy_level: int = 0,
+    adapted: frozenset[str] = frozenset(),
 ) -> ir.Model:
     """The graph over `weights` (checkpoint names, with or without prefix). Raises InputRefused; reads no weight."""
     if target == "cuda" and config.reorder_and_upcast_attn:
@@ -245,4 +256,4 @@ def build_gpt2(
             expected="attention in float32",
             todo="export with --target cpu",
         )
-    return Gpt2Graph(config, gpt2_weights(config, weights), target, accuracy_level).build(metadata)
+    return Gpt2Graph(config, gpt2_weights(config, weights), target, accuracy_level, adapted).build(metadata)

@@ -26,11 +26,11 @@ class CacheShape:
 class KeyValueCache:
     """`lengths[b]` slots of row b are filled. Buffers are (rows, heads, capacity, head size); key and value per layer.
 
-    Slots start as zeros, so a masked slot never holds NaN.
+    Slots start as zeros, so a masked slot never holds NaN. `adapter`: whose keys and values these are.
     """
 
-    def __init__(self, shape: CacheShape, rows: int, capacity: int) -> None:
-        self.shape, self.rows, self.capacity = shape, rows, capacity
+    def __init__(self, shape: CacheShape, rows: int, capacity: int, adapter: str | None = None) -> None:
+        self.shape, self.rows, self.capacity, self.adapter = shape, rows, capacity, adapter
         self.lengths = np.zeros(rows, np.int64)
         self._buffers = [self._allocate(capacity) for _ in range(2 * shape.layers)]
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnxruntime as ort
 
-from exporter.errors import InputRefused
+from exporter.errors import InputRefused, UsageError
 from exporter.runtime.cache import CacheShape, KeyValueCache
 from exporter.runtime.runner import Runner
 
@@ -14,7 +14,7 @@ class CopiedCache(KeyValueCache):
     """A row's keys and values are what the last call returned for it: (1, heads, slots, head size) by input name."""
 
     def __init__(self, shape: CacheShape, rows: int, names: Sequence[str]) -> None:
-        self.shape, self.rows, self.capacity = shape, rows, 0
+        self.shape, self.rows, self.capacity, self.adapter = shape, rows, 0, None
         self.lengths = np.zeros(rows, np.int64)
         empty = np.zeros((1, shape.heads, 0, shape.head_size), shape.dtype)
         self.pasts = [dict.fromkeys(names, empty) for _ in range(rows)]
@@ -30,6 +30,8 @@ class CopyingRunner(Runner):
     """Same answers as a Runner, slower: for architectures without a builder of their own."""
 
     def new_cache(self, rows: int, capacity: int = 0) -> CopiedCache:
+        if rows < 1:
+            raise UsageError(f"a batch of {rows} rows", expected="at least one")
         return CopiedCache(self._cache_shape, rows, self._past_names())
 
     def _past_names(self) -> list[str]:

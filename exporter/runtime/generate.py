@@ -8,6 +8,7 @@ from typing import Any
 from exporter.errors import InputRefused, UsageError
 from exporter.graph.bundle import Bundle
 from exporter.prompts import chat_template, render_instruction, special_tokens
+from exporter.runtime.adapters import adapter_template
 from exporter.runtime.load import load
 from exporter.runtime.runner import Runner
 from exporter.runtime.sampling import Sampling
@@ -25,6 +26,7 @@ class Generated:
     bundle: Path
     precision: str
     provider: str
+    adapter: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {field: getattr(self, field) for field in self.__slots__} | {"bundle": str(self.bundle)}
@@ -43,6 +45,7 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     stop: Sequence[str] = (),
+    adapter: str | None = None,
     target: str | None = None,
     provider: str | None = None,
     threads: int | None = None,
@@ -50,11 +53,15 @@ def generate(
 ) -> Generated:
     """The answer to an instruction (through the bundle's chat template), or the continuation of a raw prompt.
 
-    `on_text` gets the answer's pieces as they come; joined they are its text.
+    `on_text` gets the answer's pieces as they come; joined they are its text. `adapter` names one that the bundle was
+    exported with; its own chat template comes before the bundle's.
     """
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     runner = bundle if isinstance(bundle, Runner) else load(bundle, target=target, provider=provider, threads=threads)
-    ids = prompt_ids(runner.bundle.directory, instruction=instruction, input=input, prompt=prompt)
+    if adapter is not None:
+        runner = runner.with_adapter(adapter)
+    directory = runner.bundle.directory
+    ids = prompt_ids(directory, instruction=instruction, input=input, prompt=prompt, adapter=runner.adapter)
     answer = Answer(runner, ids, stop)
     pieces = []
     for piece in answer.stream(max_new_tokens, sampling):
@@ -69,10 +76,18 @@ def generate(
         runner.bundle.directory,
         runner.bundle.precision,
         runner.provider,
+        runner.adapter,
     )
 
 
-def prompt_ids(directory: Path, *, instruction: str | None, input: str = "", prompt: str | None = None) -> list[int]:
+def prompt_ids(
+    directory: Path,
+    *,
+    instruction: str | None,
+    input: str = "",
+    prompt: str | None = None,
+    adapter: str | None = None,
+) -> list[int]:
     """Tokens of exactly one of `instruction` and `prompt`. InputRefused for an instruction without a template."""
     if (instruction is None) == (prompt is None):
         raise UsageError("an instruction and a prompt" if prompt is not None else "nothing to answer", expected="one")
@@ -81,7 +96,7 @@ def prompt_ids(directory: Path, *, instruction: str | None, input: str = "", pro
         if input:
             raise UsageError("an input beside a raw prompt", expected="--input only with --instruction")
         return tokenizer.encode(prompt).ids
-    template = chat_template(directory)
+    template = adapter_template(directory, adapter) or chat_template(directory)
     if template is None:
         raise InputRefused(
             f"{directory} has no chat template",

@@ -22,12 +22,17 @@ BEST = ("native", "fp32", "fp16", "int8", "int4")
 
 
 def load(
-    bundle: Path | str | Bundle, *, target: str | None = None, provider: str | None = None, threads: int | None = None
+    bundle: Path | str | Bundle,
+    *,
+    adapter: str | None = None,
+    target: str | None = None,
+    provider: str | None = None,
+    threads: int | None = None,
 ) -> Runner:
     """Open a bundle's directory, or the best bundle that fits in a directory of bundles (`artifacts/<name>`).
 
     `provider` (cpu, cuda, or onnxruntime's name of either) defaults to the target's own; without `target`, cuda where
-    a device is usable.
+    a device is usable. `adapter`: one that was exported with --adapters separate; none by default.
     Raises UsageError, InputRefused (no bundle, files changed since the export), EnvironmentLacking (provider, memory).
     """
     if target is not None and target not in GRAPHS:
@@ -44,8 +49,8 @@ def load(
     session = open_session(chosen.graph, provider, threads)
     if chosen.precision == "optimum":
         require_known_interface(session)
-    runner = CopyingRunner if chosen.precision == "optimum" else Runner
-    return runner(
+    kind = CopyingRunner if chosen.precision == "optimum" else Runner
+    runner = kind(
         session,
         chosen,
         provider=provider,
@@ -53,6 +58,7 @@ def load(
         vocab_size=vocab_size,
         stop_tokens=stop_tokens(chosen.directory, config),
     )
+    return runner.with_adapter(adapter) if adapter is not None else runner
 
 
 def _sizes(bundle: Bundle, config: dict[str, Any]) -> tuple[int, int]:

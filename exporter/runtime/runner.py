@@ -1,8 +1,9 @@
 """A bundle at work: prefill, cached decoding, generation."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import onnxruntime as ort
@@ -10,6 +11,7 @@ import onnxruntime as ort
 from exporter.errors import UsageError
 from exporter.graph.bundle import Bundle
 from exporter.graph.gpt2 import LOGITS_TO_KEEP
+from exporter.runtime.adapters import NO_ADAPTER, read_adapter
 from exporter.runtime.cache import CacheShape, KeyValueCache
 from exporter.runtime.sampling import GREEDY, Sampling, generators, next_token
 
@@ -43,14 +45,30 @@ class Runner:
     ) -> None:
         self.bundle, self.provider = bundle, provider
         self.n_positions, self.vocab_size, self.stop_tokens = n_positions, vocab_size, stop_tokens
-        self._session = session
+        self._session, self._adapter = session, NO_ADAPTER
         keys = [value for value in session.get_inputs() if value.name.endswith(".key")]
         dtype = np.float16 if keys[0].type == "tensor(float16)" else np.float32
         self._cache_shape = CacheShape(len(keys), keys[0].shape[1], keys[0].shape[3], dtype, provider)
 
+    @property
+    def adapter(self) -> str | None:
+        """The name of the adapter that takes part, None for the base alone."""
+        return self._adapter.name
+
+    def with_adapter(self, name: str | None) -> Self:
+        """A Runner over the same session with another adapter of the bundle, or with none. Caches stay with theirs.
+
+        Raises UsageError (no such adapter), InputRefused (its file was changed).
+        """
+        other = copy.copy(self)
+        other._adapter = read_adapter(self.bundle, name, self._session, self.provider)
+        return other
+
     def new_cache(self, rows: int, capacity: int = FIRST_CAPACITY) -> KeyValueCache:
-        """An empty cache; it grows when a row needs more than `capacity` slots."""
-        return KeyValueCache(self._cache_shape, rows, min(capacity, self.n_positions))
+        """An empty cache; it grows when a row needs more than `capacity` slots. UsageError for fewer than one row."""
+        if rows < 1:
+            raise UsageError(f"a batch of {rows} rows", expected="at least one")
+        return KeyValueCache(self._cache_shape, rows, max(1, min(capacity, self.n_positions)), self.adapter)
 
     def logits(self, token_ids: Sequence[int], *, chunk: int = CHUNK) -> np.ndarray:
         """float32 (T, V): the logits after each of the T tokens. UsageError unless 1 <= T <= n_positions."""
@@ -71,6 +89,9 @@ class Runner:
         if chunk < 1:
             raise UsageError(f"chunk {chunk}", expected="1 or more")
         ids = self._checked(token_ids)
+        self._require_own(cache)
+        if not 0 <= row < cache.rows:
+            raise UsageError(f"row {row}", expected=f"a row of the cache, 0 to {cache.rows - 1}")
         past = int(cache.lengths[row])
         self._require_room(past + len(ids))
         cache.reserve(min(self.n_positions, past + len(ids)))
@@ -90,6 +111,7 @@ class Runner:
         A row that is not `active` is computed too, but not kept: its token is arbitrary, its length stays.
         """
         ids = self._checked(token_ids)
+        self._require_own(cache)
         keep = np.ones(cache.rows, bool) if active is None else np.asarray(active, bool)
         if ids.shape != (cache.rows,) or keep.shape != (cache.rows,):
             raise UsageError(f"{len(ids)} tokens for {cache.rows} rows", expected="one token a row")
@@ -167,6 +189,12 @@ class Runner:
                 f"{length} tokens", expected=f"at most {self.n_positions} (n_positions)", todo="shorten the prompt"
             )
 
+    def _require_own(self, cache: KeyValueCache) -> None:
+        if cache.adapter != self.adapter:
+            raise UsageError(
+                f"a cache made with the adapter {cache.adapter}", expected=f"one made with the adapter {self.adapter}"
+            )
+
     def _run(
         self, cache: KeyValueCache, row: int, ids: np.ndarray, positions: np.ndarray, mask: np.ndarray, keep: int
     ) -> np.ndarray:
@@ -180,6 +208,7 @@ class Runner:
         kept = ort.OrtValue.ortvalue_from_numpy(np.array([keep]))
         binding.bind_ortvalue_input(LOGITS_TO_KEEP, kept)
         logits = np.empty((len(ids), keep, self.vocab_size), np.float32)
+        self._adapter.bind(binding)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         cache.bind(binding, row, len(ids))
         self._session.run_with_iobinding(binding)

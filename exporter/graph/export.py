@@ -186,6 +186,7 @@ def export_converted(
         if precision in ("int8", "int4"):
             facts |= {"block": BLOCK, "accuracy_level": ACCURACY_LEVEL[target]}
         facts |= _merged_onto(manifest)
+        facts |= _merged_onto(manifest)
         weights = {WEIGHTS: describe_file(directory / WEIGHTS)}
         section = _section(bundle, weights, facts)
         section["files"] |= {name: describe_file(directory / name) for name in copied}
@@ -276,6 +277,12 @@ def _adapter_facts(adapters: Sequence[RuntimeAdapter]) -> dict[str, Any]:
     if not adapters:
         return {}
     return {"adapter_formula": FORMULA, "adapters": {adapter.name: adapter.describe() for adapter in adapters}}
+
+
+def _merged_onto(manifest: dict[str, Any] | None) -> dict[str, Any]:
+    """What the merge added to, which `verify` of a bundle that stands alone must know; empty without a merge."""
+    request = ((manifest or {"stages": {}})["stages"].get("merge") or {}).get("request") or {}
+    return {"onto": request["onto"]} if "onto" in request else {}
 
 
 def _merged_onto(manifest: dict[str, Any] | None) -> dict[str, Any]:

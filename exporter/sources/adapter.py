@@ -1,6 +1,5 @@
 """A PEFT adapter directory, typed: its configuration, every field handled or refused by name, and its tensors."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from exporter.errors import InputRefused
 from exporter.sources.checkpoint import read_headers, read_json
+from exporter.sources.patterns import check_patterns
 from exporter.sources.tensors import TensorInfo
 
 CONFIG = "adapter_config.json"
@@ -67,6 +67,7 @@ def open_adapter(directory: Path) -> Adapter:
     method = config.get("peft_type")
     if not isinstance(method, str):
         raise InputRefused(f"{directory / CONFIG} has peft_type {method!r}", expected="a method such as LORA")
+    check_patterns(config, directory / CONFIG)
     if method == LORA:
         check_lora_config(config, directory / CONFIG)
     files = [directory / name for name in FILES if (directory / name).is_file()]
@@ -92,10 +93,10 @@ def check_lora_config(config: Mapping[str, Any], path: Path) -> None:
             todo="update exporter, or remove the fields if they do not change the weights",
         )
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise InputRefused(f"{path} has r {rank!r}", expected="a rank of 1 or more")
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank < 1e9:
+        raise InputRefused(f"{path} has r {str(rank)[:80]}", expected="a rank of 1 or more")
     if not _is_finite_number(alpha):
-        raise InputRefused(f"{path} has lora_alpha {alpha!r}", expected="a finite number")
+        raise InputRefused(f"{path} has lora_alpha {str(alpha)[:80]!r}", expected="a finite number")
     _check_shapes_of_values(config, path)
 
 
@@ -115,7 +116,7 @@ def _check_shapes_of_values(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _is_finite_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) < 1e9
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e9 < value < 1e9
 
 
 def _strip_wrapper(tensors: Mapping[str, TensorInfo], file: Path) -> dict[str, TensorInfo]:

@@ -1,6 +1,6 @@
 """A transformers directory as a map from tensor names to places in files, from headers alone."""
 
-import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any
 
 from exporter.errors import InputRefused
 from exporter.sources import safetensors_file, torch_file
+from exporter.sources.json_text import parse_json
 from exporter.sources.tensors import TensorInfo, read_rows, read_tensor
 
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint", "read_json", "read_rows", "read_tensor", "weight_files"]
@@ -15,6 +16,11 @@ __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint", "read_json", "read_row
 SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
 JSON_LIMIT = 64 << 20
+# Numbers that transformers loops over when it builds a model: each layer has a tensor of its own, and experts may share
+# one. Without weights to show for them, a million would only take time and memory.
+LAYERS = re.compile(r"(.*_)?(n|num|encoder|decoder)_(\w+_)?(layers?|blocks)")
+EXPERTS, LABELS = re.compile(r"(.*_)?(n|num)_(\w+_)?experts"), re.compile("num_labels")
+MANY_LAYERS, MANY_MODULES = 1000, 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +42,12 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > JSON_LIMIT:
             raise InputRefused(f"{path} is larger than {JSON_LIMIT} bytes", expected="a configuration file")
-        value = json.loads(path.read_bytes())
+        value = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise InputRefused(
             f"{path.name} is missing in {path.parent}", expected="a model directory", todo="check the path"
         ) from error
-    except (ValueError, RecursionError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise InputRefused(
             f"{path} is not JSON ({error})", expected="a JSON object", todo="fetch the file again"
         ) from error
@@ -86,7 +92,28 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     index = _index_path(directory, files[0].suffix)
     if index.is_file() and index.name.removesuffix(".index.json") != files[0].name:
         _check_index(index, tensors)
+    _check_counts(directory / "config.json", config, len(tensors))
     return Checkpoint(directory, config, tensors, files)
+
+
+def _check_counts(path: Path, config: Mapping[str, Any], tensors: int) -> None:
+    """Refuse a configuration of more layers, experts or labels than the weights can have."""
+    counts = dict.fromkeys((LAYERS, EXPERTS, LABELS), 1)
+    parts: list[Mapping[str, Any]] = [config]
+    while parts:
+        part = parts.pop()
+        parts += [value for value in part.values() if isinstance(value, dict)]
+        for key, value in part.items():
+            for kind in counts:
+                if isinstance(value, int) and kind.fullmatch(key):
+                    counts[kind] = max(counts[kind], value)
+    layers, experts, labels = counts.values()
+    if layers > max(MANY_LAYERS, tensors) or max(layers * experts, labels) > MANY_MODULES + tensors:
+        raise InputRefused(
+            f"{path} describes {str(layers)[:40]} layers, {str(experts)[:40]} experts, {str(labels)[:40]} labels",
+            expected=f"what {tensors} tensors can hold",
+            todo="check that config.json and the weights belong together",
+        )
 
 
 def read_headers(file: Path) -> dict[str, TensorInfo]:

@@ -64,7 +64,7 @@ class TensorRef:
     stride: tuple[int, ...]
 
 
-class _Malformed(Exception):
+class Malformed(Exception):
     """Says what of the pickle is not understood."""
 
 
@@ -83,8 +83,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         state, keys, storages = _read_pickles(stream)
         starts = _storage_starts(path, size, stream.tell(), keys, storages)
-        return {name: _tensor_info(path, name, tensor, starts) for name, tensor in state.items()}
-    except _Malformed as error:
+        return {name: tensor_info(path, name, tensor, starts) for name, tensor in state.items()}
+    except Malformed as error:
         raise InputRefused(
             f"{path} is not a zip file, and as PyTorch's format before 1.6 it is refused: {error}",
             expected="a state dict of tensors, written by torch.save",
@@ -96,22 +96,22 @@ def _read_pickles(stream: BytesIO) -> tuple[dict[str, object], list[str], dict[s
     """The state dict, the storage keys in the order of the file, and the storages that the state dict refers to."""
     magic = interpret(stream)
     if type(magic) is not int or magic != MAGIC:
-        raise _Malformed("it does not begin with the magic number of torch.save")
+        raise Malformed("it does not begin with the magic number of torch.save")
     protocol = interpret(stream)
     if type(protocol) is not int or protocol != PROTOCOL:
-        raise _Malformed(f"its protocol is not {PROTOCOL}")
+        raise Malformed(f"its protocol is not {PROTOCOL}")
     machine = interpret(stream)
     if type(machine) is not dict or machine.get("little_endian") is not True:
-        raise _Malformed("it does not say that it was written on a little-endian machine")
+        raise Malformed("it does not say that it was written on a little-endian machine")
     storages: dict[str, StorageRef] = {}
     state = interpret(stream, storages)
     if not isinstance(state, dict):
-        raise _Malformed(f"it holds a {type(state).__name__}, not a state dict")
+        raise Malformed(f"it holds a {type(state).__name__}, not a state dict")
     keys = interpret(stream)
     if type(keys) is not list or not all(type(key) is str for key in keys):
-        raise _Malformed("its list of storages is not a list of names")
+        raise Malformed("its list of storages is not a list of names")
     if len(set(keys)) != len(keys) or set(keys) != set(storages):
-        raise _Malformed("its list of storages is not that of its tensors")
+        raise Malformed("its list of storages is not that of its tensors")
     return state, keys, storages
 
 
@@ -128,15 +128,15 @@ def _storage_starts(
             starts[key] = at + 8
             at += 8 + storage.numel * storage.dtype.itemsize
             if at > size:
-                raise _Malformed(f"it has {size} bytes, and a storage ends at byte {at}: it is truncated")
+                raise Malformed(f"it has {size} bytes, and a storage ends at byte {at}: it is truncated")
             if int.from_bytes(count, "little", signed=True) != storage.numel:
-                raise _Malformed(f"a storage of {storage.numel} elements is stored with another count")
+                raise Malformed(f"a storage of {storage.numel} elements is stored with another count")
     if at != size:
-        raise _Malformed(f"{size - at} bytes follow its last storage")
+        raise Malformed(f"{size - at} bytes follow its last storage")
     return starts
 
 
-def _tensor_info(path: Path, name: str, value: object, starts: dict[str, int]) -> TensorInfo:
+def tensor_info(path: Path, name: str, value: object, starts: dict[str, int]) -> TensorInfo:
     if not isinstance(value, TensorRef):
         raise InputRefused(f"{path}: {name[:200]!r} is a {type(value).__name__}", expected="a tensor under every name")
     storage, numel = value.storage, math.prod(value.shape)
@@ -158,8 +158,13 @@ def _tensor_info(path: Path, name: str, value: object, starts: dict[str, int]) -
     return TensorInfo(name, NAMES[storage.dtype], value.shape, path, offset, numel * size)
 
 
+def interpret_bytes(data: bytes, storages: dict[str, StorageRef]) -> object:
+    """The value of a pickle that is a file of its own, as in a zip `.bin`."""
+    return interpret(BytesIO(data), storages)
+
+
 def interpret(stream: BytesIO, storages: dict[str, StorageRef] | None = None) -> object:
-    """The value of the pickle at the stream's position, which is left behind it. Raises _Malformed.
+    """The value of the pickle at the stream's position, which is left behind it. Raises Malformed.
 
     `storages` collects the storages that it refers to; without it the pickle may not refer to any.
     """
@@ -167,12 +172,12 @@ def interpret(stream: BytesIO, storages: dict[str, StorageRef] | None = None) ->
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
             if count > OPCODES_LIMIT:
-                raise _Malformed(f"a pickle has more than {OPCODES_LIMIT} opcodes")
+                raise Malformed(f"a pickle has more than {OPCODES_LIMIT} opcodes")
             machine.step(opcode.name, argument)
         (value,) = machine.stack
     except (ValueError, IndexError, KeyError) as error:  # truncated, unknown opcode, empty stack, unknown memo
         detail = str(error) or "an empty stack"
-        raise _Malformed(f"a pickle is malformed, truncated or too long ({detail[:120]})") from error
+        raise Malformed(f"a pickle is malformed, truncated or too long ({detail[:120]})") from error
     return value
 
 
@@ -235,7 +240,7 @@ class _Machine:
             self.pop(1)
             _expect(type(stack[-1]) is OrderedDict, "sets attributes")
         elif name not in ("PROTO", "FRAME", "STOP"):
-            raise _Malformed(f"a pickle uses {name}, which a state dict does not need")
+            raise Malformed(f"a pickle uses {name}, which a state dict does not need")
 
     def pop(self, count: int) -> list[Any]:
         floor = self.marks[-1] if self.marks else 0
@@ -253,9 +258,11 @@ class _Machine:
 
     def storage(self, value: Any) -> StorageRef:
         _expect(self.may_refer, "refers to a storage outside the state dict")
-        _expect(type(value) is tuple and len(value) == 6 and value[0] == "storage", "refers to what is not a storage")
+        known = type(value) is tuple and len(value) in (5, 6) and type(value[0]) is str and value[0] == "storage"
+        _expect(known, "refers to what is not a storage")
         parts: tuple[Any, ...] = value
-        _, kind, key, _, numel, view = parts
+        _, kind, key, _, numel = parts[:5]
+        view = parts[5] if len(parts) > 5 else None  # a zip file has none
         _expect(type(kind) is Token and kind.name in STORAGES, "refers to a storage of unknown type")
         _expect(type(key) is str and _is_count(numel), "describes a storage without name or size")
         _expect(view is None, "uses the storage views of PyTorch 0.3")
@@ -266,7 +273,7 @@ class _Machine:
 
 def _expect(holds: bool, otherwise: str) -> None:
     if not holds:
-        raise _Malformed(f"a pickle {otherwise}")
+        raise Malformed(f"a pickle {otherwise}")
 
 
 def _is_count(value: object) -> bool:

@@ -1,29 +1,35 @@
 """The safetensors header, checked as its specification says, without reading a value."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-from exporter.errors import InputRefused
+from exporter.errors import EnvironmentLacking, InputRefused
+from exporter.sources.json_text import parse_json
 from exporter.sources.tensors import DTYPES, TensorInfo, item_size
 
 # The format's own limit: https://github.com/huggingface/safetensors, "Format"
 MAX_HEADER = 100_000_000
+MAX_DIMENSIONS = 64  # torch's own limit, and what keeps a product of sizes short
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors by name, in file order, and the metadata. Raises InputRefused for anything the format forbids."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(MAX_HEADER, size - 8) or length < 2:
-            raise _malformed(path, f"{size} bytes long with a header of {length}", "a header that fits in the file")
-        raw = file.read(length)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(MAX_HEADER, size - 8) or length < 2:
+                raise _malformed(path, f"{size} bytes long with a header of {length}", "a header that fits in the file")
+            raw = file.read(length)
+    except OSError as error:
+        raise EnvironmentLacking(
+            f"{path} cannot be read: {error.strerror}", todo="check the path and the disk"
+        ) from error
+    try:
+        header = parse_json(raw, object_pairs_hook=_no_duplicates)
+    except ValueError as error:
         raise _malformed(path, f"a header that is not JSON ({error})", "a JSON object") from error
     if not isinstance(header, dict) or raw[:1] != b"{":
         raise _malformed(path, "a header that is not an object", 'a JSON object that begins with "{"')
@@ -53,11 +59,13 @@ def _tensor(path: Path, name: str, entry: object, start: int) -> TensorInfo:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _malformed(path, f"tensor {name!r} of type {str(dtype)[:40]!r}", "one of " + ", ".join(DTYPES))
-    if not isinstance(shape, list) or not all(map(_is_count, shape)):
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_count, shape)):
         raise _malformed(path, f"tensor {name!r} with shape {str(shape)[:80]}", "a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise _malformed(path, f"tensor {name!r} with data_offsets {str(offsets)[:80]}", "[begin, end]")
     begin, end = offsets
+    if math.prod(max(1, length) for length in shape) >= 1 << 62:
+        raise _malformed(path, f"tensor {name!r} with shape {str(shape)[:80]}", "a shape that a tensor can have")
     nbytes = math.prod(shape) * item_size(dtype)
     if end - begin != nbytes:
         raise _malformed(path, f"tensor {name!r} of {end - begin} bytes", f"{nbytes} for {dtype} {shape}")

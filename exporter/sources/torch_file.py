@@ -1,15 +1,18 @@
-"""PyTorch `.bin` files as tensors at offsets. Pickles are read by torch's restricted unpickler: nothing is executed."""
+"""PyTorch `.bin` files as tensors at offsets. `legacy_torch_file` interprets their pickles: nothing is executed.
 
-import pickle
+torch.load, even with weights_only, can be made to take all memory or all time by a few bytes of pickle; and it does not
+say where a tensor's bytes stand.
+"""
+
 import zipfile
 from pathlib import Path
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from exporter.errors import InputRefused
 from exporter.sources import legacy_torch_file
-from exporter.sources.tensors import NAMES, TensorInfo
+from exporter.sources.legacy_torch_file import PICKLES_LIMIT, Malformed, StorageRef
+from exporter.sources.tensors import TensorInfo
+
+LOCAL_HEADER = 30  # bytes before the name in a zip file's local header
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -27,24 +30,20 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             todo="fetch it again",
         )
     try:
-        with FakeTensorMode():
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        return _read_archive(path)
+    except Malformed as error:
         raise InputRefused(
-            f"{path} holds more than tensors: {_first_sentence(error)}",
-            expected="a state dict of tensors",
-            todo="do not load this file; get the model as safetensors",
+            f"{path} holds more than tensors, or is damaged: {error}",
+            expected="a state dict of tensors, written by torch.save",
+            todo="fetch it again; if it still fails, do not load it and get the model as safetensors",
         ) from error
-    except (RuntimeError, OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, IndexError) as error:
+    # zipfile meets hostile bytes with errors of many classes, NotImplementedError and struct.error among them
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, LookupError, RuntimeError, ArithmeticError) as error:
         raise InputRefused(
-            f"{path} cannot be read: {_first_sentence(error)}",
+            f"{path} cannot be read: {(str(error).splitlines() or [type(error).__name__])[0][:300]}",
             expected="a .bin written by torch.save",
             todo="fetch it again",
         ) from error
-    if not isinstance(state, dict):
-        raise InputRefused(f"{path} holds a {type(state).__name__}", expected="a state dict of tensors")
-    size = path.stat().st_size
-    return {str(name): _tensor(path, str(name), value, size) for name, value in state.items()}
 
 
 def _begins_as_zip(path: Path) -> bool:
@@ -56,28 +55,43 @@ def _begins_as_zip(path: Path) -> bool:
         raise InputRefused(f"{path} cannot be read: {error.strerror}", expected="a .bin that may be read") from error
 
 
-def _tensor(path: Path, name: str, value: object, size: int) -> TensorInfo:
-    if not isinstance(value, torch.Tensor):
-        raise InputRefused(f"{path}: {name!r} is a {type(value).__name__}", expected="a tensor under every name")
-    if value.dtype not in NAMES:
-        raise InputRefused(f"{path}: {name!r} has type {value.dtype}", expected="one of " + ", ".join(NAMES.values()))
-    if not value.is_contiguous():
-        raise InputRefused(
-            f"{path}: {name!r} is stored with strides {value.stride()}",
-            expected="row-major tensors",
-            todo="save the model again with tensor.contiguous()",
-        )
-    start = value.untyped_storage()._checkpoint_offset
-    offset = int((start or 0) + value.storage_offset() * value.element_size())
-    nbytes = value.numel() * value.element_size()
-    if start is None or start < 0 or value.storage_offset() < 0 or offset + nbytes > size:
-        raise InputRefused(
-            f"{path}: {name!r} lies outside the file", expected=f"at most {size} bytes", todo="fetch it again"
-        )
-    return TensorInfo(name, NAMES[value.dtype], tuple(value.shape), path, offset, nbytes)
+def _read_archive(path: Path) -> dict[str, TensorInfo]:
+    """`<root>/data.pkl` is the state dict; `<root>/data/<key>` are the bytes of the storages it refers to."""
+    with zipfile.ZipFile(path) as archive:
+        records = {info.filename: info for info in archive.infolist()}
+        if len(records) != len(archive.infolist()):
+            raise Malformed("it holds a record twice")
+        pickles = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise Malformed("it holds no data.pkl")
+        root = pickles[0].removesuffix("data.pkl")
+        if records[pickles[0]].file_size > PICKLES_LIMIT:
+            raise Malformed(f"its data.pkl is larger than {PICKLES_LIMIT} bytes")
+        order = records.get(root + "byteorder")
+        if order is not None and (order.file_size > 16 or archive.read(order) != b"little"):
+            raise Malformed("it was not written on a little-endian machine")
+        storages: dict[str, StorageRef] = {}
+        state = legacy_torch_file.interpret_bytes(archive.read(pickles[0]), storages)
+    if not isinstance(state, dict):
+        raise Malformed(f"it holds a {type(state).__name__}, not a state dict")
+    size = path.stat().st_size
+    starts = {key: _start(path, size, records.get(f"{root}data/{key}"), ref) for key, ref in storages.items()}
+    return {name: legacy_torch_file.tensor_info(path, name, value, starts) for name, value in state.items()}
 
 
-def _first_sentence(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    wanted = [line for line in lines if "GLOBAL" in line or "global" in line]
-    return (wanted or lines or [type(error).__name__])[0][:300]
+def _start(path: Path, size: int, record: zipfile.ZipInfo | None, storage: StorageRef) -> int:
+    """Where a storage's bytes begin; they must stand in its record as they are."""
+    if record is None:
+        raise Malformed(f"the storage {storage.key[:40]!r} is missing")
+    if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
+        raise Malformed(f"the storage {storage.key[:40]!r} is compressed")
+    if storage.numel * storage.dtype.itemsize > record.file_size:
+        raise Malformed(f"the storage {storage.key[:40]!r} has {record.file_size} bytes, fewer than its tensors")
+    with path.open("rb") as file:
+        file.seek(record.header_offset)
+        header = file.read(LOCAL_HEADER)
+    name, extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+    start = record.header_offset + LOCAL_HEADER + name + extra
+    if not header.startswith(b"PK\x03\x04") or start + record.file_size > size:
+        raise Malformed(f"the storage {storage.key[:40]!r} lies outside the file")
+    return start

@@ -6,7 +6,7 @@ from typing import Any
 
 from exporter.errors import InputRefused, UsageError
 from exporter.files import lock_directory, removed_if_empty, write_atomically
-from exporter.graph.adapters import FORMULA, SUFFIX, RuntimeAdapter, adapted_modules, write_adapters
+from exporter.graph.adapters import SUFFIX, RuntimeAdapter, adapted_modules, adapter_facts, write_adapters
 from exporter.graph.builder import OPSET, exporter_version, is_ours, serialize
 from exporter.graph.bundle import GRAPHS, STAGE, Bundle, bundle_name, bundles_in, describe_known
 from exporter.graph.genai_config import genai_config
@@ -149,7 +149,7 @@ def export_native(
         merged = _merge_outputs_hold(directory, manifest)
         weights = {file.name: describe_known(file, manifest) for file in checkpoint.files}
         _write_graph(bundle, config, checkpoint.tensors, checkpoint.config, adapters)
-        facts = {"provenance": "merge" if merged else "unknown"} | _adapter_facts(adapters)
+        facts = {"provenance": "merge" if merged else "unknown"} | adapter_facts(adapters)
         section = _section(bundle, weights, facts)
         section["files"] |= write_adapters(directory, adapters)
         _publish_section(bundle, section)
@@ -182,7 +182,7 @@ def export_converted(
             "provenance": "merge" if _merge_outputs_hold(checkpoint.directory, manifest) else "unknown",
             "source": sources,
             "tensors": digests,
-        } | _adapter_facts(adapters)
+        } | adapter_facts(adapters)
         if precision in ("int8", "int4"):
             facts |= {"block": BLOCK, "accuracy_level": ACCURACY_LEVEL[target]}
         facts |= _merged_onto(manifest)
@@ -271,12 +271,6 @@ def _section(bundle: Bundle, weights: dict[str, dict[str, Any]], facts: dict[str
         "opset": OPSET,
         "versions": versions(),
     } | facts
-
-
-def _adapter_facts(adapters: Sequence[RuntimeAdapter]) -> dict[str, Any]:
-    if not adapters:
-        return {}
-    return {"adapter_formula": FORMULA, "adapters": {adapter.name: adapter.describe() for adapter in adapters}}
 
 
 def _merged_onto(manifest: dict[str, Any] | None) -> dict[str, Any]:

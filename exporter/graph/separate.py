@@ -1,19 +1,31 @@
 """`exporter export --adapters separate`: one graph over the base's weights, and adapters that it takes at run time."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from exporter.errors import UsageError
+import torch
+
+from exporter.errors import InputRefused, UsageError
 from exporter.files import human_bytes
-from exporter.graph.adapters import RuntimeAdapter, graph_factors, read_runtime_adapter, split_name, unique_names
+from exporter.graph.adapters import RuntimeAdapter
 from exporter.graph.bundle import Bundle
 from exporter.graph.export import can_be_pointed_into, export_converted, export_native
-from exporter.graph.gpt2_config import read_gpt2_config
-from exporter.merging.modules import model_layout
+from exporter.graph.gpt2 import PREFIX, expected_shapes
+from exporter.graph.gpt2_config import Gpt2Config, read_gpt2_config
+from exporter.merging.changes import LowRank
+from exporter.merging.delta import read_factors
+from exporter.merging.lora import lora_changes
+from exporter.merging.modules import ModelLayout, model_layout
 from exporter.progress import SILENT, Progress
+from exporter.prompts import chat_template
+from exporter.sources.adapter import LORA, open_adapter
 from exporter.sources.checkpoint import open_checkpoint
-from exporter.sources.hub import resolve
+from exporter.sources.hub import Source, resolve
+
+NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}")
+MATRIX = re.compile(r"h\.\d+\.(attn|mlp)\.(c_attn|c_proj|c_fc)|lm_head")
 
 
 def export_separate(
@@ -37,13 +49,9 @@ def export_separate(
     source = resolve(base, kind="base", progress=progress)
     checkpoint = open_checkpoint(source.directory)
     config = read_gpt2_config(checkpoint.config)
+    named = _named([split_name(one) for one in adapters], progress)
     layout = model_layout(checkpoint.directory, checkpoint.config)
-    found = [(name, resolve(one, kind="adapter", progress=progress)) for name, one in map(split_name, adapters)]
-    named = [(name or (one.id or one.directory.resolve().name).rpartition("/")[2], one) for name, one in found]
-    unique_names([name for name, _ in named])
-    opened: list[RuntimeAdapter] = [read_runtime_adapter(name, one, layout, config) for name, one in named]
-    for one in opened:
-        graph_factors(one)  # values that must be refused are, before the base is streamed
+    opened = [read_runtime_adapter(name, one, layout, config) for name, one in named.items()]
     in_place = os.path.realpath(out) == os.path.realpath(checkpoint.directory)
     if precision == "native" and in_place and can_be_pointed_into(checkpoint):
         return export_native(checkpoint.directory, target, adapters=opened, force=force)
@@ -58,4 +66,86 @@ def export_separate(
     )
     return export_converted(
         checkpoint.directory, out, precision, target, adapters=opened, force=force, progress=progress
+    )
+
+
+def split_name(given: str | Path) -> tuple[str | None, str | Path]:
+    """`NAME=SOURCE` as its parts; a source without a name as (None, source)."""
+    name, found, source = str(given).partition("=")
+    if found and NAME.fullmatch(name) and source and not Path(given).exists():
+        return name, source
+    return None, given
+
+
+def _named(given: Sequence[tuple[str | None, str | Path]], progress: Progress) -> dict[str, Source]:
+    """Adapters by names that tell them apart and can be names of files; else UsageError."""
+    found: dict[str, Source] = {}
+    for own, one in given:
+        source = resolve(one, kind="adapter", progress=progress)
+        name = own or (source.id or source.directory.resolve().name).rpartition("/")[2]
+        todo = "name it: --adapter NAME=DIRECTORY"
+        if not NAME.fullmatch(name):
+            raise UsageError(f"the adapter name {name!r}", expected="letters, digits, '.', '_', '-'", todo=todo)
+        if name in found:
+            raise UsageError(f"two adapters named {name}", expected="one name for each", todo=todo)
+        found[name] = source
+    return found
+
+
+def read_runtime_adapter(name: str, source: Source, layout: ModelLayout, config: Gpt2Config) -> RuntimeAdapter:
+    """An adapter whose whole effect is low-rank sums in the decoder's matrices or in the head; else InputRefused.
+
+    Every tensor of its file is consumed or refused by name, and so are values that are not finite or do nothing.
+    """
+    adapter = open_adapter(source.directory)
+    if adapter.method != LORA or adapter.config.get("target_parameters"):
+        raise _not_separable(name, "target_parameters" if adapter.method == LORA else f"a {adapter.method} method")
+    changes, consumed = lora_changes(adapter, 1.0, layout, {})
+    if rest := sorted(set(adapter.tensors) - consumed):
+        raise _not_separable(name, f"the tensor {rest[0]!r}")
+    shapes = expected_shapes(config) | {"lm_head.weight": (config.vocab_size, config.n_embd)}
+    low_rank: dict[str, LowRank] = {}
+    for tensor, (change, *more) in sorted(changes.items()):
+        module = tensor.removeprefix(PREFIX).removesuffix(".weight")
+        if more or not isinstance(change, LowRank) or not MATRIX.fullmatch(module):
+            raise _not_separable(name, f"{type(change).__name__} of {tensor!r}")
+        inputs, outputs = shapes[f"{module}.weight"][:: 1 if change.orientation == "in_out" else -1]
+        if (change.down.shape[1], change.up.shape[0]) != (inputs, outputs):
+            raise InputRefused(
+                f"{name}: {module} has factors of shape {list(change.down.shape)} and {list(change.up.shape)}",
+                expected=f"{inputs} inputs and {outputs} outputs, as in the base",
+                todo="this adapter was trained on another base; check base_model_name_or_path",
+            )
+        low_rank[module] = change
+    factors = {module: _folded(change) for module, change in low_rank.items()}
+    if not any(down.any() and up.any() for down, up in factors.values()):
+        raise InputRefused(
+            f"every factor B (or A) of the adapter {name} is zero, or there is none, so it would change nothing",
+            expected="a trained adapter",
+            todo="check that training ran and that the right checkpoint was saved",
+        )
+    facts = {
+        "source": source.id or str(source.directory),
+        "commit": source.commit,
+        "rank_and_scale": {module: [change.rank, change.scale] for module, change in low_rank.items()},
+    }
+    return RuntimeAdapter(name, factors, facts, chat_template(source.directory))
+
+
+def _folded(change: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 A^T (in, r) and scale B^T (r, out), rounded once."""
+    down, up = read_factors(change)
+    scaled = up.T * change.scale
+    if not torch.isfinite(scaled).all():
+        raise InputRefused(
+            f"the scale {change.scale:g} times {change.up.name!r} overflows in float32", expected="finite factors"
+        )
+    return down.T.contiguous(), scaled.contiguous()
+
+
+def _not_separable(name: str, what: str) -> InputRefused:
+    return InputRefused(
+        f"the adapter {name} cannot stay apart from its base: it holds {what}",
+        expected="LoRA on attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj or lm_head, and nothing else",
+        todo="merge it: exporter merge",
     )

@@ -57,6 +57,7 @@ def verify_bundle(run: Run, bundle: Bundle) -> BundleResult:
     gates = [gate for gate in run.thresholds.gates if bundle.format in gate.formats and bundle.target in gate.targets]
     weight_gates, projections = check_weights(bundle, run.oracle, run.thresholds.projection)
     mutants = merge_mutants(bundle, run.oracle, run.thresholds.projection)
+    run.oracle.release()
     cache = _score_bundle(run, bundle)
     pairs = bundle_pairs(run.store, run.reference, run.common, bundle.format != "float", run.progress)
     mutants += graph_mutants(_subject(run, bundle), gates)

@@ -11,7 +11,8 @@ import torch
 from exporter.errors import InputRefused
 from exporter.files import sha256_file
 from exporter.graph.weights import Quantized, Weight, dequantize, open_weights, unpack
-from exporter.manifest import read_manifest
+from exporter.manifest import MANIFEST, read_manifest
+from exporter.parity.int8_base import Onto
 from exporter.progress import SILENT, Progress
 from exporter.sources.tensors import FLOATS, TensorInfo, read_tensor
 
@@ -30,6 +31,7 @@ class Bundle:
     hashes: dict[str, str]
     weights: Mapping[str, Weight]
     others: tuple[str, ...] = ()  # graphs beside this one, which were not run
+    onto: Onto = "original"  # what the manifest says that the adapter was merged onto
 
     def values(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every floating-point tensor by its checkpoint name, in float32 and the checkpoint's orientation."""
@@ -59,7 +61,24 @@ def open_bundle(directory: Path, progress: Progress = SILENT) -> Bundle:
     weights, files = _graph_weights(graph, model)
     hashes, provenance = _check_hashes(directory, [graph, *files], progress)
     others = tuple(path.name for path in graphs[1:])
-    return Bundle(directory, graph, _format(model), _target(model), provenance, hashes, weights, others)
+    onto = merged_onto(directory)
+    return Bundle(directory, graph, _format(model), _target(model), provenance, hashes, weights, others, onto)
+
+
+def merged_onto(directory: Path) -> Onto:
+    """What the merge was asked to add to, by the manifest of the checkpoint or of an export of it; else "original"."""
+    stages = (read_manifest(directory) or {"stages": {}})["stages"]
+    request = stages.get("merge", {}).get("request")
+    found = {section["onto"] for section in stages.values() if "onto" in section}
+    if isinstance(request, dict) and "onto" in request:
+        found.add(request["onto"])
+    if len(found) > 1 or not all(onto in ("original", "int8") for onto in found):
+        raise InputRefused(
+            f"{directory / MANIFEST} says that the adapter was merged onto {sorted(map(str, found))}",
+            expected='one of "original" and "int8"',
+            todo="merge and export it again",
+        )
+    return found.pop() if found else "original"
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
@@ -124,7 +143,7 @@ def _check_places(graph: Path, external: list[tuple[str, dict[str, str]]], weigh
 
 def _parts(weight: Weight) -> list[TensorInfo]:
     if isinstance(weight, Quantized):
-        return [part for part in (weight.codes, weight.scales, weight.zero_points) if part is not None]
+        return list(weight.parts)
     return [weight]
 
 
@@ -198,4 +217,5 @@ def quantization_steps(weight: Quantized) -> tuple[torch.Tensor, torch.Tensor]:
     steps = read_tensor(weight.scales).float().repeat_interleave(weight.block, dim=1)
     codes = unpack(read_tensor(weight.codes), weight.bits).reshape(steps.shape)
     clipped = (codes == 0) | (codes == (1 << weight.bits) - 1)
+    steps, clipped = steps.abs()[:, : weight.columns], clipped[:, : weight.columns]  # a scale may be negative
     return (steps.T, clipped.T) if weight.transposed else (steps, clipped)

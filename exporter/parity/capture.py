@@ -50,7 +50,7 @@ def capture(
     path = Path(out)
     with tempfile.TemporaryDirectory(prefix="exporter-capture-") as scratch:
         store = LogitStore(Path(scratch), documents, pair.vocabulary)
-        store.score("R", TorchScorer(load_reference(pair.base, pair.weighted)), progress)
+        store.score("R", TorchScorer(load_reference(pair.base, pair.weighted, pair.rows)), progress)
         capture_store(
             store,
             path,

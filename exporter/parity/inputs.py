@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from exporter.errors import InputRefused, UsageError
 from exporter.files import sha256_file
+from exporter.parity.bases import resized_rows
 from exporter.parity.bundles import Bundle
 from exporter.parity.documents import LEVELS, PACKAGED, Document, Level, build_documents, level_rows, read_rows
 from exporter.progress import SILENT, Progress
@@ -34,6 +35,12 @@ class Pair:
     tokenizer: Tokenizer
     vocabulary: int
     context: int
+    rows: int | None = None  # of the embeddings, where an adapter resized them
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Rows of the embeddings, as config.json or the adapter says."""
+        return self.rows or self.base.config.get("vocab_size")
 
 
 def resolve_pair(
@@ -66,7 +73,8 @@ def open_pair(base: Path, adapters: Sequence[tuple[Path, float]], progress: Prog
         for path in (adapter.file, adapter.directory / "adapter_config.json")
     }
     tokenizer = load_tokenizer(tokenizer_files(base, [adapter.directory for adapter in opened]).directory)
-    vocabulary = min(int(checkpoint.config.get("vocab_size", 1 << 62)), tokenizer.get_vocab_size())
+    rows = resized_rows(checkpoint, opened)
+    vocabulary = min(rows or int(checkpoint.config.get("vocab_size", 1 << 62)), tokenizer.get_vocab_size())
     return Pair(
         checkpoint,
         tuple(opened),
@@ -76,6 +84,7 @@ def open_pair(base: Path, adapters: Sequence[tuple[Path, float]], progress: Prog
         tokenizer,
         vocabulary,
         context(checkpoint.config),
+        rows,
     )
 
 
@@ -118,10 +127,9 @@ def make_documents(
         response_tokens=LEVELS[level].response_tokens,
     )
     largest = max(max(document.tokens) for document in documents)
-    if largest >= int(pair.base.config.get("vocab_size", largest + 1)):
+    if pair.vocab_size is not None and largest >= pair.vocab_size:
         raise InputRefused(
-            f"the tokenizer gives the token {largest}",
-            expected=f"ids below {pair.base.config['vocab_size']}, the vocabulary",
+            f"the tokenizer gives the token {largest}", expected=f"ids below {pair.vocab_size}, the vocabulary"
         )
     notes = []
     if template is None and any(row.instruction for row in rows):
@@ -166,15 +174,21 @@ def check_bundle_inputs(bundle: Bundle, pair: Pair, documents: Sequence[Document
 
 
 def _require_change(adapter: Adapter) -> None:
-    """Factors that are all zero on one side add nothing. Other methods are judged by the weights they change."""
-    alive = {"lora_A": False, "lora_B": False}
+    """Every value is finite, and LoRA factors alone are not all zero on one side.
+
+    Whatever else an adapter holds is judged by what it makes of the base: `Oracle.require_change`.
+    """
+    alive = {"lora_A": False, "lora_B": False, "lora_embedding_A": False, "lora_embedding_B": False}
     for name, info in adapter.tensors.items():
-        factor = read_tensor(info).float()
-        if not torch.isfinite(factor).all():
+        factor = read_tensor(info)
+        if factor.is_floating_point() and not torch.isfinite(factor.float()).all():
             raise InputRefused(f"{name}: the adapter holds NaN or infinity", expected="finite factors")
         for kind in alive:
-            alive[kind] = alive[kind] or (kind in name and bool(factor.any()))
-    if adapter.method == LORA and not all(alive.values()):
+            alive[kind] = alive[kind] or (f".{kind}" in name and bool(factor.any()))
+    linear = alive["lora_A"] and alive["lora_B"]
+    embedding = alive["lora_embedding_A"] and alive["lora_embedding_B"]
+    factors_alone = all(any(f".{kind}" in name for kind in alive) for name in adapter.tensors)
+    if adapter.method == LORA and factors_alone and not linear and not embedding:
         raise InputRefused(
             f"the adapter in {adapter.directory} changes nothing: every B (or A) is zero",
             expected="a trained adapter",

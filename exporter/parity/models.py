@@ -2,9 +2,7 @@
 
 import gc
 import platform
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 
 from exporter.errors import EnvironmentLacking, InputRefused
 from exporter.files import human_bytes
+from exporter.parity.bases import BaseOptions, load_base, quiet, resize
 from exporter.sources.checkpoint import Checkpoint
 
 OUTLIER_THRESHOLD = 6.0
@@ -35,36 +34,44 @@ class TorchScorer:
 
 
 class TruthModels:
-    """T, B and M32 from one loaded fp32 model: unmerged, with the adapter switched off, and merged by PEFT."""
+    """T and M32 from one loaded fp32 model: unmerged, and merged by PEFT."""
 
-    def __init__(self, base: Checkpoint, adapters: Adapters) -> None:
-        require_memory(_parameters(base) * 4 * 1.15, "the fp32 model that is the truth")
-        self._model: Any = attach_adapters(load_base(base.directory), adapters)
+    def __init__(self, base: Checkpoint, adapters: Adapters, options: BaseOptions = BaseOptions()) -> None:  # noqa: B008
+        require_memory(parameter_count(base) * 4 * 1.15, "the fp32 model that is the truth")
+        self._model: Any = attach_adapters(load_base(base.directory, options), adapters)
         self._names = [f"adapter{i}" for i in range(len(adapters))]
 
     def truth(self) -> TorchScorer:
         """T: fp32, adapter unmerged."""
         return TorchScorer(self._model)
 
-    @contextmanager
-    def base(self) -> Iterator[TorchScorer]:
-        """B: the same model without the adapter."""
-        with self._model.disable_adapter():
-            yield TorchScorer(self._model)
-
     def merged(self) -> TorchScorer:
         """M32: PEFT's own merge in fp32. The unmerged model is gone after this."""
+        _part_tied_weights(self._model)
         return TorchScorer(self._model.merge_and_unload(adapter_names=self._names).eval())
 
 
-def load_base(directory: Path) -> Any:
-    """The base in fp32. Code in the directory is never run."""
-    from transformers import AutoModelForCausalLM
+def base_scorer(base: Checkpoint, options: BaseOptions) -> TorchScorer:
+    """B: the base that was merged onto, without the adapter. PEFT's switched-off adapter keeps trained biases on."""
+    require_memory(parameter_count(base) * 4 * 1.15, "the base in fp32")
+    return TorchScorer(load_base(base.directory, options))
 
-    with _quiet():
-        return AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, trust_remote_code=False, local_files_only=True
-        ).eval()
+
+def _part_tied_weights(model: Any) -> None:
+    """Give every adapted module a weight of its own: PEFT's merge into one of two tied modules reaches the other."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(id(module))
+    for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
+        base: Any = layer.get_base_layer()
+        weight = base._parameters.get("weight")
+        if weight is not None and len(owners[id(weight)]) > 1:
+            owners[id(weight)].discard(id(base))
+            base.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
+            owners[id(base.weight)] = {id(base)}
 
 
 def attach_adapters(model: Any, adapters: Adapters) -> Any:
@@ -74,11 +81,11 @@ def attach_adapters(model: Any, adapters: Adapters) -> Any:
 
     names = [f"adapter{i}" for i in range(len(adapters))]
     try:
-        with _quiet():
+        with quiet():
             peft = PeftModel.from_pretrained(model, str(adapters[0][0]), adapter_name=names[0])
             for name, (directory, _) in zip(names[1:], adapters[1:], strict=True):
                 peft.load_adapter(str(directory), adapter_name=name)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputRefused(
             f"PEFT cannot put the adapter on this base: {str(error)[:300]}",
             expected="the base that the adapter was trained on",
@@ -89,12 +96,13 @@ def attach_adapters(model: Any, adapters: Adapters) -> Any:
             for name, (_, weight) in zip(names, adapters, strict=True):
                 if name in layer.scaling:
                     layer.scaling[name] *= weight
-    model.base_model.set_adapter(names)
+    if len(names) > 1:
+        model.base_model.set_adapter(names)
     return model.eval()
 
 
-def load_reference(base: Checkpoint, adapters: Adapters) -> Any:
-    """R: bitsandbytes LLM.int8 with the adapter unmerged, as the adapter's card loads it.
+def load_reference(base: Checkpoint, adapters: Adapters, rows: int | None = None) -> Any:
+    """R: bitsandbytes LLM.int8 with the adapter unmerged, as the adapter's card loads it. rows: of a new vocabulary.
 
     threshold 6.0, fp16, one device, eval mode (the train-mode path differs by 0.03). EnvironmentLacking without
     bitsandbytes or memory.
@@ -112,9 +120,9 @@ def load_reference(base: Checkpoint, adapters: Adapters) -> Any:
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         # Measured: a 6.7B model (13.3 GB in fp16) peaks at 19.9 GB while its layers become int8.
-        require_memory(_parameters(base) * 2 * 1.5, "the 8-bit reference")
+        require_memory(parameter_count(base) * 2 * 1.5, "the 8-bit reference")
     quantization = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=OUTLIER_THRESHOLD)
-    with _quiet():
+    with quiet():
         model = AutoModelForCausalLM.from_pretrained(
             base.directory,
             quantization_config=quantization,
@@ -123,6 +131,7 @@ def load_reference(base: Checkpoint, adapters: Adapters) -> Any:
             trust_remote_code=False,
             local_files_only=True,
         )
+        resize(model, rows)
         return attach_adapters(model, adapters)
 
 
@@ -143,7 +152,7 @@ def load_weights(directory: Path, values: Mapping[str, torch.Tensor]) -> TorchSc
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     require_memory(sum(value.nbytes for value in values.values()), "the fp32 model over the bundle's weights")
-    with _quiet():
+    with quiet():
         architecture = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
         model, info = architecture.from_pretrained(
             None, config=config, state_dict=dict(values), dtype=torch.float32, output_loading_info=True
@@ -173,25 +182,8 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and no warnings of libraries: what is wrong is checked and said by us."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _parameters(base: Checkpoint) -> int:
+def parameter_count(base: Checkpoint) -> int:
+    """How many numbers the base holds."""
     total = 0
     for info in base.tensors.values():
         count = 1

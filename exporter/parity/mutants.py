@@ -5,15 +5,15 @@ model one dropped layer is a hundredth of KL(T||B), and no KL gate sees it. Grap
 meet the logit gates. A mutant that equals the original for this model is "not applicable", with the proof.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from exporter.graph.weights import Quantized
-from exporter.parity.bundles import Bundle
+from exporter.graph.weights import Quantized, Weight
+from exporter.parity.bundles import Bundle, quantization_steps
 from exporter.parity.feeding import comparison, decode_with_session, padded, pair
 from exporter.parity.gates import Gate, ProjectionLimits, finiteness, judge
 from exporter.parity.graphs import GraphSession, full_precision, not_a_number, wrong_activation, wrong_qkv_order
@@ -24,14 +24,19 @@ from exporter.parity.weights import (
     allowed_types,
     canonical_weights,
     elements_pass,
+    is_projected,
     judge_projection,
+    onto_share,
     project,
     read_values,
     round_to,
+    within_step,
 )
+from exporter.sources.tensors import read_tensor
 
 Float = NDArray[np.float64]
-PROJECTION, ELEMENTS = "weights.projection", "weights.elements"
+PROJECTION, ELEMENTS, STEP = "weights.projection", "weights.elements", "weights.step"
+UNTOUCHED, ONTO = "weights.untouched", "weights.onto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +47,9 @@ class MergeMutation:
     change: Callable[[Adapted, Adapted | None], Float | str]
 
 
-def merge_mutations() -> list[MergeMutation]:
-    return [
+def merge_mutations(adapted: Sequence[Adapted] = ()) -> list[MergeMutation]:
+    """The mutations of every merge, and those of what is among `adapted`: DoRA, replaced values."""
+    mutations = [
         MergeMutation("adapter dropped", lambda a, _: np.zeros_like(a.delta)),
         MergeMutation("scale x 0.5", lambda a, _: 0.5 * a.delta),
         MergeMutation("scale x 0.9", lambda a, _: 0.9 * a.delta),
@@ -55,32 +61,101 @@ def merge_mutations() -> list[MergeMutation]:
         MergeMutation("transposed", _transposed),
         MergeMutation("rows shuffled", lambda a, _: np.roll(a.delta, 1, axis=0)),
     ]
+    if any(one.plain is not None for one in adapted):
+        mutations.append(MergeMutation("magnitude left out", _without_magnitude))
+    if any(one.is_exact for one in adapted):
+        mutations.append(MergeMutation("one replaced row reverted", _row_reverted))
+    return mutations
 
 
 def merge_mutants(bundle: Bundle, oracle: Oracle, limits: ProjectionLimits) -> list[Mutant]:
     """Each mutation in each target alone: it must be seen in every one, so that it is seen in any one."""
     weights = canonical_weights(bundle, oracle)
-    tallies = {mutation.name: _Tally() for mutation in merge_mutations()}
     names = oracle.names
-    for i, name in enumerate(names):
+    tallies: dict[str, _Tally] = {mutation.name: _Tally() for mutation in merge_mutations()}
+    expected = {PROJECTION}
+    for name in names:
         adapted = oracle.merge(name)
-        other = oracle.merge(names[(i + 1) % len(names)]) if len(names) > 1 else None
+        following = _same_shape(name, oracle)
+        other = oracle.merge(following) if following else None
         weight = weights[name]
-        types = None
-        if not isinstance(weight, Quantized):
-            types = allowed_types(weight, oracle.base.tensors[oracle.base_tensor(name)])
+        expected |= {STEP} if isinstance(weight, Quantized) and adapted.is_exact else set()
+        expected |= set() if isinstance(weight, Quantized) else {ELEMENTS}
         stored = read_values(weight)
-        for mutation in merge_mutations():
+        for mutation in merge_mutations([adapted]):
             delta = mutation.change(adapted, other)
-            tally = tallies[mutation.name]
+            tally = tallies.setdefault(mutation.name, _Tally())
             if isinstance(delta, str):
                 tally.reasons.append(delta)
             elif not (delta != adapted.delta).any():
                 tally.reasons.append(f"{name}: equals the original, max |difference| = 0")
+            elif _is_below_rounding(weight, adapted, delta, oracle):
+                tally.reasons.append(f"{name}: the same bundle, for what it changes is lost in rounding")
             else:
-                tally.add(name, _killers(stored, adapted, delta, types, limits))
-    expected = (PROJECTION,) if bundle.format != "float" else (PROJECTION, ELEMENTS)
-    return [tallies[mutation.name].mutant(mutation.name, expected) for mutation in merge_mutations()]
+                tally.add(name, _killers(stored, adapted, delta, weight, oracle, limits))
+    found = [tally.mutant(name, tuple(sorted(expected, reverse=True))) for name, tally in tallies.items()]
+    if oracle.onto == "int8":
+        found.append(_onto_mutant(weights, oracle, limits))
+    return found
+
+
+def _same_shape(name: str, oracle: Oracle) -> str | None:
+    """The next target whose weight has the same shape, or simply the next one; None where there is no other."""
+    at = oracle.names.index(name)
+    others = oracle.names[at + 1 :] + oracle.names[:at]
+    shape = oracle.base_info(name).shape
+    return next((one for one in others if oracle.base_info(one).shape == shape), others[0] if others else None)
+
+
+def _is_below_rounding(weight: Weight, adapted: Adapted, delta: Float, oracle: Oracle) -> bool:
+    """True where a faulty merge gives the very bytes of the right one, or one that no quantized weight can tell."""
+    if isinstance(weight, Quantized):
+        if not adapted.is_exact:
+            return False
+        steps = quantization_steps(weight)[0].numpy()
+        return bool((np.abs(delta - adapted.delta) <= steps).all())
+    kept = allowed_types(weight, oracle.base_info(adapted.name))[-1]
+    if not adapted.is_exact:
+        return False
+    return np.array_equal(round_to(adapted.original + delta, kept), round_to(adapted.merged, kept))
+
+
+def _onto_mutant(weights: Mapping[str, Weight], oracle: Oracle, limits: ProjectionLimits) -> Mutant:
+    """The same adapter merged onto the base's own weights: every weight that stands on codes is off by q = W - W_int8.
+
+    What PEFT would make of W is W' + q: exactly so for sums, and to the order of the change for other methods.
+    """
+    name, killers, tensors = (
+        "merged onto the original base",
+        {ELEMENTS: True, UNTOUCHED: True},
+        {ELEMENTS: 0, UNTOUCHED: 0},
+    )
+    for one in oracle.int8_names:
+        weight = weights.get(one)
+        if weight is None or isinstance(weight, Quantized):
+            continue
+        info = oracle.base_info(one)
+        own = read_tensor(info)
+        if one in oracle.names:
+            adapted = oracle.merge(one)
+            if adapted.is_exact:
+                continue
+            types = allowed_types(weight, info)
+            wrong = round_to(adapted.merged + own.double().numpy() - adapted.original, types[-1])
+            gate, seen = ELEMENTS, not elements_pass(wrong, adapted, types)
+        else:
+            values = oracle.original(one).double().numpy()
+            gate, seen = UNTOUCHED, not np.array_equal(own.double().numpy(), round_to(values, info.dtype))
+        killers[gate] &= seen
+        tensors[gate] += 1
+    share = onto_share(weights, oracle, shifted=True)
+    if share is None:
+        return Mutant(name, "merge", "not applicable", (ONTO,), (), "every weight on codes was replaced by the adapter")
+    judged = [gate for gate, count in tensors.items() if count]
+    seen_by = [gate for gate in judged if killers[gate]] + ([ONTO] if share.judge(limits) == "FAIL" else [])
+    expected, killed_by = (*judged, ONTO), tuple(seen_by)
+    detail = f"share of the base's own weights {share.share:.4f} with se {share.error:.2g}"
+    return Mutant(name, "merge", "killed" if killed_by else "survived", expected, killed_by, detail)
 
 
 class _Tally:
@@ -110,22 +185,27 @@ class _Tally:
 
 
 def _killers(
-    stored: Float, adapted: Adapted, delta: Float, types: Sequence[str] | None, limits: ProjectionLimits
+    stored: Float, adapted: Adapted, delta: Float, weight: Weight, oracle: Oracle, limits: ProjectionLimits
 ) -> set[str]:
     """The gates that see a bundle into which `delta` was merged. A quantized bundle keeps its quantization noise."""
-    if types is None:
+    killers = set()
+    if isinstance(weight, Quantized):
         wrong = stored + (delta - adapted.delta)
-        elements = False
+        if adapted.is_exact and not within_step(weight, wrong, adapted.merged):
+            killers.add(STEP)
     else:
+        types = allowed_types(weight, oracle.base_info(adapted.name))
         wrong = round_to(adapted.original + delta, types[-1])
-        elements = not elements_pass(wrong, adapted, types)
-    killers = {ELEMENTS} if elements else set()
-    if judge_projection(project(wrong, adapted), limits) == "FAIL":
+        if not elements_pass(wrong, adapted, types):
+            killers.add(ELEMENTS)
+    if is_projected(weight, adapted) and judge_projection(project(wrong, adapted), limits) == "FAIL":
         killers.add(PROJECTION)
     return killers
 
 
 def _alpha_alone(adapted: Adapted, _: Adapted | None) -> Float | str:
+    if not adapted.alphas:
+        return f"{adapted.name}: no alpha"
     if len(adapted.ranks) != 1:
         return "several adapters: no single alpha"
     if adapted.alphas[0] == adapted.scalings[0]:
@@ -142,6 +222,8 @@ def _next_layer(adapted: Adapted, other: Adapted | None) -> Float | str:
 
 
 def _thirds_swapped(adapted: Adapted, _: Adapted | None) -> Float | str:
+    if adapted.delta.ndim != 2:
+        return f"{adapted.name} {adapted.delta.shape} is no matrix"
     rows, columns = adapted.delta.shape
     axis = 1 if columns == 3 * rows else 0 if rows == 3 * columns else None
     if axis is None:
@@ -151,8 +233,23 @@ def _thirds_swapped(adapted: Adapted, _: Adapted | None) -> Float | str:
 
 
 def _transposed(adapted: Adapted, _: Adapted | None) -> Float | str:
-    rows, columns = adapted.delta.shape
-    return adapted.delta.T.copy() if rows == columns else f"{adapted.name} {adapted.delta.shape} is not square"
+    if adapted.delta.ndim != 2 or adapted.delta.shape[0] != adapted.delta.shape[1]:
+        return f"{adapted.name} {adapted.delta.shape} is not square"
+    return adapted.delta.T.copy()
+
+
+def _without_magnitude(adapted: Adapted, _: Adapted | None) -> Float | str:
+    return f"{adapted.name}: no magnitude" if adapted.plain is None else adapted.plain - adapted.original
+
+
+def _row_reverted(adapted: Adapted, _: Adapted | None) -> Float | str:
+    """The row (or number) that the adapter changed most is the base's again."""
+    if not adapted.is_exact:
+        return f"{adapted.name} is not replaced"
+    delta = adapted.delta
+    size = np.abs(delta) if delta.ndim == 1 else np.linalg.norm(delta.reshape(len(delta), -1), axis=1)
+    delta[size.argmax()] = 0
+    return delta
 
 
 @dataclass(frozen=True, slots=True)

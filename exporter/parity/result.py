@@ -152,6 +152,7 @@ class Inputs:
     tokens_sha256: str
     thresholds_version: int
     seconds: float
+    onto: str = "original"  # what was merged onto, in the truth and in the bundles: "original" or "int8"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,23 @@ from pathlib import Path
 
 import numpy as np
 
-from exporter.errors import UsageError
+from exporter.errors import InputRefused, UsageError
 from exporter.manifest import versions
+from exporter.parity.bases import BaseOptions
 from exporter.parity.bundle_check import Run, verify_bundle
-from exporter.parity.bundles import open_bundle
+from exporter.parity.bundles import Bundle, open_bundle
 from exporter.parity.documents import LEVELS, Level, tokens_sha256
 from exporter.parity.gates import load_thresholds
 from exporter.parity.inputs import Pair, check_bundle_inputs, find_template, make_documents, open_pair, resolve_pair
-from exporter.parity.models import TorchScorer, TruthModels, load_reference, reference_environment, release
+from exporter.parity.int8_base import Onto
+from exporter.parity.models import (
+    TorchScorer,
+    TruthModels,
+    base_scorer,
+    load_reference,
+    reference_environment,
+    release,
+)
 from exporter.parity.oracle import Oracle
 from exporter.parity.pairs import common_pairs
 from exporter.parity.reference import CapturedReference, LiveReference, Reference, check_capture, read_capture
@@ -36,6 +45,7 @@ def verify(
 ) -> Verification:
     """Compare bundles with the unmerged model in fp32 (the truth) and in 8 bits (the reference).
 
+    For bundles that were merged onto int8 codes the truth is fp32 over what these codes mean, with the adapter.
     base, adapter: a directory or a hub id, one or several adapters with a weight each (default 1). bundle: directories.
     prompts: JSON lines, default the packaged set. reference: "int8" runs bitsandbytes here, else a file from `capture`.
     level: how much of the prompts is used. Nothing is written into a bundle.
@@ -50,15 +60,18 @@ def verify(
         raise UsageError("no bundle is given", expected="at least one directory with an ONNX graph")
     pair = open_pair(*resolve_pair(base, adapter, weight, progress), progress)
     opened = [open_bundle(directory, progress) for directory in directories]
+    onto = _one_onto(opened)
     template = find_template(directories, pair)
     documents, notes = make_documents(pair, Path(prompts) if prompts else None, level, template)
     for one in opened:
         check_bundle_inputs(one, pair, documents)
     tokens = tokens_sha256(documents)
-    oracle = Oracle(pair.base, pair.weighted)
+    oracle = Oracle(pair.base, pair.weighted, onto)
+    oracle.require_change()
+    oracle.release()
     with tempfile.TemporaryDirectory(prefix="exporter-verify-") as scratch:
         store = LogitStore(Path(scratch), documents, pair.vocabulary)
-        source = _score_references(pair, store, str(reference), tokens, progress)
+        source = _score_references(pair, store, str(reference), tokens, progress, onto)
         common = common_pairs(store, source, progress)
         run = Run(pair, oracle, documents, store, source, common, load_thresholds(), level, progress)
         results = tuple(verify_bundle(run, one) for one in opened)
@@ -73,12 +86,28 @@ def verify(
     )
 
 
-def _score_references(pair: Pair, store: LogitStore, reference: str, tokens: str, progress: Progress) -> Reference:
-    """T, B, M32 and R, one model in memory at a time."""
+def _one_onto(bundles: Sequence[Bundle]) -> Onto:
+    """The base that the bundles were merged onto: the truth is one model, so they must agree."""
+    found = {bundle.onto: bundle for bundle in bundles}
+    if len(found) > 1:
+        names = ", ".join(f"{bundle.directory} onto {onto}" for onto, bundle in sorted(found.items()))
+        raise InputRefused(
+            f"the bundles were merged onto different bases: {names}",
+            expected="bundles of one --onto: each has a truth of its own",
+            todo="verify them in separate runs",
+        )
+    return bundles[0].onto
+
+
+def _score_references(
+    pair: Pair, store: LogitStore, reference: str, tokens: str, progress: Progress, onto: Onto = "original"
+) -> Reference:
+    """T, B, M32 and R, one model in memory at a time. Onto int8, T is D: fp32 over what the base's int8 codes mean."""
+    options = BaseOptions(onto, pair.rows)
     source: Reference
     if reference == "int8":
         environment = reference_environment()
-        model = load_reference(pair.base, pair.weighted)  # first: it is what may be lacking
+        model = load_reference(pair.base, pair.weighted, pair.rows)  # first: it is what may be lacking
         store.score("R", TorchScorer(model), progress)
         del model
         release()
@@ -87,12 +116,14 @@ def _score_references(pair: Pair, store: LogitStore, reference: str, tokens: str
         captured = read_capture(Path(reference))
         check_capture(captured, tokens_sha256=tokens, base_files=pair.base_files, adapter_files=pair.adapter_files)
         source = CapturedReference(captured, store.documents)
-    truth = TruthModels(pair.base, pair.weighted)
+    truth = TruthModels(pair.base, pair.weighted, options)
     store.score("T", truth.truth(), progress)
-    with truth.base() as scorer:
-        store.score("B", scorer, progress)
     store.score("M32", truth.merged(), progress)
     del truth
+    release()
+    base = base_scorer(pair.base, options)
+    store.score("B", base, progress)
+    del base
     release()
     return source
 
@@ -115,6 +146,7 @@ def _inputs(run: Run, tokens: str, seconds: float) -> Inputs:
         tokens_sha256=tokens,
         thresholds_version=run.thresholds.version,
         seconds=round(seconds, 1),
+        onto=run.oracle.onto,
     )
 
 

@@ -15,7 +15,7 @@ from exporter.parity.gates import ProjectionLimits
 from exporter.parity.oracle import Adapted, Oracle
 from exporter.parity.result import GateResult, Outcome, Projection
 from exporter.sources.checkpoint import TensorInfo, read_tensor
-from exporter.sources.tensors import FLOATS
+from exporter.sources.tensors import FLOATS, item_size
 
 Float = NDArray[np.float64]
 NUMPY = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}
@@ -40,9 +40,9 @@ def check_elements(stored: Float, adapted: Adapted, dtype: str) -> ElementCheck:
     """Is each stored element a correct rounding of some value within the float32 error of PEFT's float64 merge?
 
     Rounding is monotone, so that is round(W' - e) <= stored <= round(W' + e), with e the slack of the accumulation
-    plus 2^-24 |W'| for the float32 sum that PEFT rounds from.
+    plus 2^-24 |W'| for the float32 sum that PEFT rounds from. A value that is only replaced has e = 0.
     """
-    error = adapted.slack + 2.0**-24 * np.abs(adapted.merged)
+    error = adapted.slack + (0.0 if adapted.is_exact else 2.0**-24) * np.abs(adapted.merged)
     low, high = round_to(adapted.merged - error, dtype), round_to(adapted.merged + error, dtype)
     beyond = np.maximum(low - stored, stored - high)
     wrong = ~(beyond <= 0)  # a NaN is wrong
@@ -88,11 +88,13 @@ def check_weights(
         stored = read_values(weight)
         if stored.shape != adapted.merged.shape:
             raise InputRefused(
-                f"{adapted.name!r} has shape {stored.shape}", expected=f"{adapted.merged.shape}, as in the base"
+                f"{adapted.name!r} has shape {stored.shape}",
+                expected=f"{adapted.merged.shape}, as the adapter makes it",
             )
-        projection = project(stored, adapted)
-        projections.append(projection)
-        outcomes["projection"].append((adapted.name, judge_projection(projection, limits)))
+        if is_projected(weight, adapted):
+            projection = project(stored, adapted)
+            projections.append(projection)
+            outcomes["projection"].append((adapted.name, judge_projection(projection, limits)))
         if isinstance(weight, Quantized):
             outcomes["step"].append((adapted.name, "PASS" if within_step(weight, stored, adapted.merged) else "FAIL"))
         else:
@@ -100,14 +102,75 @@ def check_weights(
     untouched = _check_untouched(weights, oracle)
     outcomes["step"] += [entry for entry in untouched if isinstance(weights[entry[0]], Quantized)]
     same = [entry for entry in untouched if not isinstance(weights[entry[0]], Quantized)]
+    source = "the base" if oracle.onto == "original" else "the base or what its int8 codes mean"
     gates = [
         _gate("weights.elements", outcomes["elements"], "elements are not a correct rounding of PEFT's merge"),
-        _gate("weights.untouched", same, "differ from the base"),
+        _gate("weights.untouched", same, f"differ from {source}"),
         _gate("weights.step", outcomes["step"], "are further than one quantization step from the merged weight"),
         _projection_gate(projections, outcomes["projection"], limits),
+        _onto_gate(weights, oracle, limits),
         _names_gate(weights, oracle),
     ]
     return [gate for gate in gates if gate is not None], projections
+
+
+def is_projected(weight: Weight, adapted: Adapted) -> bool:
+    """A change is projected; a replaced value is known to the last bit, and projected only where it was quantized."""
+    return not adapted.is_exact or (isinstance(weight, Quantized) and bool(adapted.delta.any()))
+
+
+@dataclass(frozen=True, slots=True)
+class OntoShare:
+    """share: 0 for a merge onto the int8 codes, 1 for one onto the base's own weights; error: its standard error."""
+
+    share: float
+    error: float
+    tensors: int
+
+    def judge(self, limits: ProjectionLimits) -> Outcome:
+        """As `judge_projection`, around 0."""
+        if not self.error * limits.errors <= limits.blind:
+            return "INCONCLUSIVE" if np.isfinite(self.share) else "FAIL"
+        return "PASS" if abs(self.share) <= max(limits.share, limits.errors * self.error) else "FAIL"
+
+
+def onto_share(weights: Mapping[str, Weight], oracle: Oracle, *, shifted: bool = False) -> OntoShare | None:
+    """s = sum <What - W', q> / sum ||q||^2 over the weights that stand on int8 codes, with q = W - W_int8.
+
+    W' is what the merge onto the codes must be, so that s is 0; a merge onto W itself leaves q standing. se from the
+    residuals' mean squares. None where nothing stands on codes. shifted: of a bundle that is merged onto W.
+    """
+    numerator = denominator = variance = 0.0
+    tensors = 0
+    for name in oracle.int8_names:
+        adapted = oracle.merge(name) if name in oracle.names else None
+        if name not in weights or (adapted is not None and adapted.is_exact):
+            continue
+        onto = oracle.original(name).double().numpy()
+        error = read_tensor(oracle.base_info(name)).double().numpy() - onto
+        residual = read_values(weights[name]) - (onto if adapted is None else adapted.merged)
+        if shifted:
+            residual = residual + error
+        square = float(np.vdot(error, error))
+        numerator += float(np.vdot(residual, error))
+        share = float(np.vdot(residual, error)) / square if square else 0.0
+        denominator += square
+        variance += float(np.mean((residual - share * error) ** 2)) * square
+        tensors += 1
+    if not denominator:
+        return None
+    return OntoShare(numerator / denominator, float(np.sqrt(variance)) / denominator, tensors)
+
+
+def _onto_gate(weights: Mapping[str, Weight], oracle: Oracle, limits: ProjectionLimits) -> GateResult | None:
+    found = onto_share(weights, oracle)
+    if found is None:
+        return None
+    outcome, limit = found.judge(limits), max(limits.share, limits.errors * found.error)
+    detail = f"share of the base's own weights {found.share:.4f} with se {found.error:.2g}"
+    if outcome == "FAIL":
+        detail = f"the merge does not stand on the base's int8 codes: {detail}"
+    return _result("weights.onto", outcome, abs(found.share), limit, found.tensors, detail)
 
 
 def canonical_weights(bundle: Bundle, oracle: Oracle) -> dict[str, Weight]:
@@ -122,7 +185,7 @@ def read_values(weight: Weight) -> Float:
 
 def allowed_types(weight: TensorInfo, base: TensorInfo) -> list[str]:
     """Types that the merge may have rounded to: the stored one, or the base's where the bundle widened it."""
-    wider = NUMPY[weight.dtype]().itemsize > NUMPY[base.dtype]().itemsize
+    wider = item_size(weight.dtype) > item_size(base.dtype)
     return [weight.dtype, base.dtype] if wider else [weight.dtype]
 
 
@@ -144,29 +207,34 @@ def within_step(weight: Quantized, stored: Float, wanted: Float) -> bool:
 
 def _elements_outcome(weight: Weight, stored: Float, adapted: Adapted, oracle: Oracle) -> Outcome:
     assert not isinstance(weight, Quantized)
-    base = oracle.base.tensors[oracle.base_tensor(adapted.name)]
+    base = oracle.base_info(adapted.name)
     return "PASS" if elements_pass(stored, adapted, allowed_types(weight, base)) else "FAIL"
 
 
 def _check_untouched(weights: Mapping[str, Weight], oracle: Oracle) -> list[tuple[str, Outcome]]:
-    """Weights that no adapter changes: equal bytes, or the exact conversion where the type differs."""
-    changed = set(oracle.names)
+    """Weights that no adapter changes: equal bytes, or the exact conversion where the type differs.
+
+    Onto int8, what the codes mean, rounded once.
+    """
     results: list[tuple[str, Outcome]] = []
-    for base_name, info in oracle.base.tensors.items():
-        name = oracle.canonical(base_name)
-        if name in changed or name not in weights:
-            continue
-        results.append((name, "PASS" if _untouched(weights[name], info) else "FAIL"))
+    for name in sorted(oracle.expected_names - set(oracle.names)):
+        if name in weights:
+            original = oracle.original(name)
+            right = untouched(weights[name], original, oracle.base_info(name), on_codes=name in oracle.int8_names)
+            results.append((name, "PASS" if right else "FAIL"))
     return results
 
 
-def _untouched(weight: Weight, base: TensorInfo) -> bool:
+def untouched(weight: Weight, original: torch.Tensor, base: TensorInfo, *, on_codes: bool) -> bool:
+    """Is `weight` what stands in the base? original: the base's values, or what their codes mean (float32)."""
     if weight.shape != base.shape:
         return False
-    original = read_tensor(base)
     if isinstance(weight, Quantized):
         return within_step(weight, read_values(weight), original.double().numpy())
     stored = read_tensor(weight)
+    if on_codes:
+        values = original.double().numpy()
+        return any(np.array_equal(stored.double().numpy(), round_to(values, t)) for t in allowed_types(weight, base))
     if weight.dtype != base.dtype and weight.dtype in FLOATS:
         original = original.to(stored.dtype)
     if weight.dtype == base.dtype:
@@ -179,11 +247,10 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 
 def _names_gate(weights: Mapping[str, Weight], oracle: Oracle) -> GateResult:
-    """Nothing missing, nothing added: the base's parameters, less buffers of old files and a tied head."""
-    expected = {oracle.canonical(name) for name in oracle.base.tensors} & oracle.parameters
-    tied = {"lm_head.weight"}
-    missing = sorted(expected - weights.keys() - tied)
-    added = sorted(weights.keys() - expected - tied)
+    """Nothing missing, nothing added: the base's parameters, less buffers of old files; a tied head may be left out."""
+    expected = oracle.expected_names
+    missing = sorted(expected - weights.keys())
+    added = sorted(weights.keys() - expected - oracle.optional_names)
     outcome: list[tuple[str, Outcome]] = []
     outcome.extend((name, "FAIL") for name in [*missing, *added])
     outcome.extend((name, "PASS") for name in expected & weights.keys())

@@ -119,10 +119,13 @@ def check_saved(
     adapter: Adapter, replaced: Mapping[str, TensorInfo], adapted: Collection[str], layout: ModelLayout
 ) -> None:
     """Everything that the configuration says was trained whole has its tensors. adapted: modules with factors."""
-    for wanted in adapter.config.get("modules_to_save") or []:
-        modules = [m for m in layout.modules if m == wanted or m.endswith(f".{wanted}")]
-        if not modules:
-            raise InputRefused(f"{CONFIG} saves {wanted!r}, which the base does not have", expected="a module's name")
+    saved = {
+        wanted: [module for module in layout.modules if f".{module}".endswith(f".{wanted}")]
+        for wanted in adapter.config.get("modules_to_save") or []
+    }
+    if saved and not any(saved.values()):  # for a classifier PEFT names all heads that some model might have
+        raise InputRefused(f"{CONFIG} saves {', '.join(saved)}", expected="the name of a module of the base")
+    for wanted, modules in saved.items():
         for module in modules:
             names = [name for name in (*layout.state, *layout.tied) if name.startswith(f"{module}.")]
             _require(names, adapter, replaced, layout, f"modules_to_save {wanted}")

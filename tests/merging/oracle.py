@@ -16,13 +16,13 @@ from exporter.merging.merge import MergedCheckpoint
 from tests.pairs import Pair, byte_tokenizer
 
 VOCABULARY = 257
-TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
+TOKENS: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
 
 
 def save_random_base(directory: Path, architecture: str, config: PretrainedConfig, dtype: torch.dtype) -> None:
     """A base of a transformers class. Biases and norms are random too, so that nothing is trivially zero or one."""
     torch.manual_seed(0)
-    model: PreTrainedModel = getattr(transformers, architecture)(config)
+    model: Any = getattr(transformers, architecture)(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += torch.randn_like(parameter) * 0.05
@@ -75,9 +75,13 @@ def make_random_pair(
 
 
 def open_peft(pair: Pair, before: Callable[[PreTrainedModel], object] = lambda model: None) -> Any:
-    """The unmerged model in float32, as its users load it."""
+    """The unmerged model in float32, in memory of its own: a product with weights that a mapped file holds at an odd
+    address may differ in its last bit.
+    """
     with warnings.catch_warnings(action="ignore"):
         base = open_base(pair.base)
+        for parameter in base.parameters():
+            parameter.data = parameter.data.clone()
         before(base)
         return PeftModel.from_pretrained(base, str(pair.adapter)).eval()
 

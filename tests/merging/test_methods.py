@@ -84,7 +84,12 @@ class Architecture:
         return value
 
 
-SIZES = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 40, "max_position_embeddings": 32}
+SIZES: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "hidden_size": 40,
+    "max_position_embeddings": 32,
+}
 ARCHITECTURES = {
     "gpt2": Architecture(  # Conv1D
         "GPT2LMHeadModel",
@@ -409,12 +414,24 @@ def test_a_resized_vocabulary(
 
 
 def gpt_oss() -> PretrainedConfig:
-    sizes = {**SIZES, "intermediate_size": 80, "num_key_value_heads": 1, "head_dim": 16, "num_local_experts": 3}
+    sizes: dict[str, Any] = {
+        **SIZES,
+        "intermediate_size": 80,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "num_local_experts": 3,
+    }
     return transformers.GptOssConfig(**sizes, num_experts_per_tok=2, **TOKENS)
 
 
 def llama4() -> PretrainedConfig:
-    sizes = {**SIZES, "intermediate_size": 80, "intermediate_size_mlp": 48, "num_key_value_heads": 1, "head_dim": 16}
+    sizes: dict[str, Any] = {
+        **SIZES,
+        "intermediate_size": 80,
+        "intermediate_size_mlp": 48,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+    }
     return transformers.Llama4TextConfig(**sizes, num_local_experts=3, moe_layers=[0, 1], **TOKENS)
 
 
@@ -487,13 +504,15 @@ def test_parameters_of_two_dimensions(tmp_path: Path, architecture: Architecture
 
 
 def whisper() -> PretrainedConfig:
-    sizes = {"d_model": 32, "num_mel_bins": 16, "max_source_positions": 12, "max_target_positions": 32}
-    layers = {f"{part}_{what}": size for part in ("encoder", "decoder") for what, size in LAYERS.items()}
+    sizes: dict[str, Any] = {"d_model": 32, "num_mel_bins": 16, "max_source_positions": 12, "max_target_positions": 32}
+    layers: dict[str, Any] = {
+        f"{part}_{what}": size for part in ("encoder", "decoder") for what, size in LAYERS.items()
+    }
     return transformers.WhisperConfig(**sizes, **layers, **TOKENS, decoder_start_token_id=256)
 
 
-LAYERS = {"layers": 1, "attention_heads": 2, "ffn_dim": 48}
-VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+LAYERS: dict[str, Any] = {"layers": 1, "attention_heads": 2, "ffn_dim": 48}
+VISION: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
 
 
 def convnext() -> PretrainedConfig:

@@ -23,7 +23,7 @@ _parser: Any = importlib.import_module("re._parser")
 
 def check_patterns(config: Mapping[str, Any], path: Path) -> None:
     """InputRefused where a pattern is no regular expression, or could take more than STEPS for one name."""
-    steps = 0
+    steps: dict[str, int] = {}
     for field, pattern, unbounded in _patterns(config):
         try:
             if len(pattern) > LENGTH:
@@ -36,10 +36,10 @@ def check_patterns(config: Mapping[str, Any], path: Path) -> None:
                 todo="write the names of the modules out",
             ) from error
         # The ways to place `most` borders in a name. Plain names, of which there may be thousands, take one step.
-        steps += math.comb(NAME + most, most) if most > unbounded else 1
-    if steps > STEPS:
+        steps[field] = steps.get(field, 0) + (math.comb(NAME + most, most) if most > unbounded else 1)
+    if sum(steps.values()) > STEPS:
         raise InputRefused(
-            f"{path}: its patterns could take {steps:.1e} steps to match one name",
+            f"{path}: the patterns of {' and '.join(steps)} could take {sum(steps.values()):.1e} steps for one name",
             expected=f"at most {STEPS:.0e}",
             todo="write the names of the modules out instead of repetitions such as .*",
         )

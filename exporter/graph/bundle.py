@@ -88,9 +88,14 @@ def dequantized_weights(bundle: Bundle) -> Iterator[tuple[str, torch.Tensor]]:
 
 def describe_known(path: Path, manifest: Mapping[str, Any] | None) -> dict[str, Any]:
     """A manifest entry for `path`; its hash comes from another stage's entry while the file's stamp is the same."""
+    return describe_file(path, known_sha256(path, manifest))
+
+
+def known_sha256(path: Path, manifest: Mapping[str, Any] | None) -> str | None:
+    """What a stage recorded for `path`, while the file's stamp is the same; None where no stage did."""
     now = stamp(path)
     for section in (manifest or {"stages": {}})["stages"].values():
         entry = (section.get("files") or {}).get(path.name) if isinstance(section, dict) else None
         if isinstance(entry, dict) and "sha256" in entry and all(entry.get(key) == now[key] for key in now):
-            return describe_file(path, entry["sha256"])
-    return describe_file(path)
+            return entry["sha256"]
+    return None

@@ -8,7 +8,8 @@ from exporter.errors import InputRefused, UsageError
 from exporter.files import lock_directory, removed_if_empty, write_atomically
 from exporter.graph.adapters import SUFFIX, RuntimeAdapter, adapted_modules, adapter_facts, write_adapters
 from exporter.graph.builder import OPSET, exporter_version, is_ours, serialize
-from exporter.graph.bundle import GRAPHS, STAGE, Bundle, bundle_name, bundles_in, describe_known
+from exporter.graph.bundle import GRAPHS, STAGE, Bundle, bundle_name, bundles_in, describe_known, known_sha256
+from exporter.graph.finite import require_finite
 from exporter.graph.genai_config import genai_config
 from exporter.graph.gpt2 import PREFIX, build_gpt2, expected_shapes, gpt2_weights
 from exporter.graph.gpt2_config import Gpt2Config, read_gpt2_config
@@ -137,7 +138,10 @@ def can_be_pointed_into(checkpoint: Checkpoint) -> bool:
 def export_native(
     checkpoint_dir: Path, target: str, *, adapters: Sequence[RuntimeAdapter] = (), force: bool = False
 ) -> Bundle:
-    """A graph in the checkpoint's directory over its own safetensors: no weight is read, copied or converted."""
+    """A graph in the checkpoint's directory over its own safetensors: no weight is copied or converted.
+
+    Files that no stage of ours has hashed are read once, for their hash and for values that are not finite.
+    """
     checkpoint = open_checkpoint(checkpoint_dir)
     config = read_gpt2_config(checkpoint.config)
     directory = checkpoint.directory
@@ -147,6 +151,8 @@ def export_native(
         _refuse_foreign(bundle, manifest, force=force)
         _refuse_foreign_adapters(bundle, manifest, adapters, force=force)
         merged = _merge_outputs_hold(directory, manifest)
+        unseen = [file for file in checkpoint.files if known_sha256(file, manifest) is None]
+        require_finite(info for info in checkpoint.tensors.values() if info.file in unseen)
         weights = {file.name: describe_known(file, manifest) for file in checkpoint.files}
         _write_graph(bundle, config, checkpoint.tensors, checkpoint.config, adapters)
         facts = {"provenance": "merge" if merged else "unknown"} | adapter_facts(adapters)

@@ -7,6 +7,8 @@ import numpy as np
 
 from exporter.errors import ParityFailed, UsageError
 
+LARGEST_PENALTY = 100.0  # a logit stays far from overflow
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -25,8 +27,11 @@ class Sampling:
             raise UsageError(f"top_k {self.top_k}", expected="0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p {self.top_p}", expected="above 0, at most 1")
-        if not (self.repetition_penalty > 0 and np.isfinite(self.repetition_penalty)):
-            raise UsageError(f"repetition_penalty {self.repetition_penalty}", expected="above 0")
+        if not 1 / LARGEST_PENALTY <= self.repetition_penalty <= LARGEST_PENALTY:
+            raise UsageError(
+                f"repetition_penalty {self.repetition_penalty}",
+                expected=f"{1 / LARGEST_PENALTY:g} to {LARGEST_PENALTY:g}; 1 changes nothing",
+            )
         if self.seed < 0:
             raise UsageError(f"seed {self.seed}", expected="0 or more")
 
@@ -62,7 +67,9 @@ def penalize(logits: np.ndarray, context: Sequence[int], penalty: float) -> np.n
 
 def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     """float64 (V,) that sums to 1: temperature, then top-k, then top-p (the smallest set whose mass reaches p)."""
-    scaled = logits.astype(np.float64) / sampling.temperature
+    scaled = logits.astype(np.float64) - logits.max()
+    with np.errstate(over="ignore"):  # near temperature 0 what is below the best is infinitely so
+        scaled /= sampling.temperature
     if 0 < sampling.top_k < len(scaled):
         scaled[scaled < np.partition(scaled, -sampling.top_k)[-sampling.top_k]] = -np.inf
     if sampling.top_p < 1:

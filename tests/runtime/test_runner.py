@@ -82,6 +82,39 @@ def test_greedy_generation_equals_transformers(model: TinyModel, runner: Runner)
         assert answer == expected[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize("penalty", [1.4, 0.7])
+def test_repetition_penalty_equals_transformers_generation(model: TinyModel, runner: Runner, penalty: float) -> None:
+    prompt = tokens(6)
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": END}
+    expected, plain = (
+        model.model.generate(torch.tensor([prompt]), repetition_penalty=value, **options)[0, 6:].tolist()
+        for value in (penalty, 1.0)
+    )
+    assert expected != plain
+    assert runner.generate([prompt], 24, Sampling(repetition_penalty=penalty), stop_tokens=())[0] == expected
+
+
+def test_a_top_k_of_1_and_a_tiny_top_p_or_temperature_are_greedy(runner: Runner) -> None:
+    greedy = runner.generate([tokens(5)], 12, stop_tokens=())
+    for sampling in (
+        Sampling(temperature=3.0, top_k=1, seed=1),
+        Sampling(temperature=3.0, top_p=1e-9, seed=2),
+        Sampling(temperature=1e-310, seed=3),
+    ):
+        assert runner.generate([tokens(5)], 12, sampling, stop_tokens=()) == greedy
+
+
+@pytest.mark.parametrize("rows", [0, -1])
+def test_a_batch_of_no_rows_is_refused(runner: Runner, rows: int) -> None:
+    with pytest.raises(UsageError, match=f"a batch of {rows} rows"):
+        runner.new_cache(rows)
+    with pytest.raises(UsageError, match="0 prompts"):
+        runner.generate([], 4)
+    for row in (1, -1):
+        with pytest.raises(UsageError, match=f"row {row}"):
+            runner.prefill(runner.new_cache(1), row, [1])
+
+
 def test_generation_ends_at_a_stop_token_and_at_the_last_position(runner: Runner) -> None:
     free = runner.generate([tokens(4)], 10, stop_tokens=())[0]
     stop = free[6]
@@ -122,7 +155,8 @@ def test_sampling_is_repeatable_and_independent_of_the_batch(runner: Runner) -> 
 def test_logits_that_are_not_finite_end_generation(tmp_path: Path) -> None:
     model = tiny_model(tmp_path)
     with torch.no_grad():
-        model.model.transformer.ln_f.bias[3] = float("nan")
+        model.model.transformer.ln_f.bias[3] = 3e38
+        model.model.transformer.wte.weight[5, 3] = 10  # finite weights whose product is not
     model.model.save_pretrained(tmp_path)
     export(tmp_path)
     with pytest.raises(ParityFailed, match="not finite"):

@@ -24,7 +24,7 @@ def random_logits(seed: int, size: int = 50) -> np.ndarray:
 
 @given(
     seed=st.integers(0, 999),
-    temperature=st.floats(0.2, 3),
+    temperature=st.floats(0.01, 30),
     top_k=st.integers(0, 60),
     top_p=st.floats(0.05, 1),
     penalty=st.sampled_from([1.0, 1.3, 0.8]),
@@ -43,6 +43,22 @@ def test_probabilities_equal_transformers(
     ours = probabilities(penalize(logits, context, penalty), Sampling(temperature, top_k, top_p))
     np.testing.assert_allclose(ours, scores.softmax(-1)[0].numpy(), atol=1e-6)
     assert ours.sum() == pytest.approx(1)
+
+
+@given(
+    seed=st.integers(0, 99),
+    temperature=st.floats(0, exclude_min=True, allow_infinity=False),
+    top_k=st.integers(0, 9),
+    top_p=st.floats(0, 1, exclude_min=True),
+    penalty=st.floats(0.01, 100),
+)
+def test_no_setting_that_is_accepted_breaks_a_draw(
+    seed: int, temperature: float, top_k: int, top_p: float, penalty: float
+) -> None:
+    sampling = Sampling(temperature, top_k, top_p, penalty, seed)
+    logits = random_logits(seed, 9) * 30
+    assert 0 <= next_token(logits, [0, 3], sampling, np.random.default_rng(seed)) < 9
+    assert probabilities(penalize(logits, [0, 3], penalty), sampling).sum() == pytest.approx(1)
 
 
 def test_draws_follow_the_probabilities() -> None:
@@ -65,7 +81,17 @@ def test_a_logit_that_is_not_finite_is_never_sampled_over(value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"repetition_penalty": 0.0}]
+    "options",
+    [
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-300},
+        {"temperature": float("nan")},
+        {"seed": -1},
+    ],
 )
 def test_settings_without_a_meaning_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

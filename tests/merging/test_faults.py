@@ -126,6 +126,27 @@ def test_a_disk_that_fails_at_any_call(
         shutil.rmtree(out)
 
 
+def test_small_files_that_do_not_fit_leave_the_old_output(
+    made: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them and the manifest are on the disk before a file of the old output goes."""
+    out = tmp_path / "out"
+    merge(made, out, weight=[0.5])
+    before, names = contents(out), []
+
+    def full(path: Path, data: bytes) -> None:
+        names.append(path.name)
+        if path.name == MANIFEST:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        path.with_name(f".{path.name}.partial").write_bytes(data)
+
+    monkeypatch.setattr(merging, "write_partial", full)
+    with pytest.raises(EnvironmentLacking, match="No space left"):
+        merge(made, out, force=True)
+    assert "config.json" in names
+    assert {n: data for n, data in contents(out).items() if not n.startswith(".")} == before
+
+
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"

@@ -1,6 +1,7 @@
 """The models a bundle is compared with, as transformers, PEFT and bitsandbytes run them; one at a time in memory."""
 
 import gc
+import logging
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -105,7 +106,7 @@ def load_reference(base: Checkpoint, adapters: Adapters, rows: int | None = None
     """R: bitsandbytes LLM.int8 with the adapter unmerged, as the adapter's card loads it. rows: of a new vocabulary.
 
     threshold 6.0, fp16, one device, eval mode (the train-mode path differs by 0.03). EnvironmentLacking without
-    bitsandbytes or memory.
+    bitsandbytes or memory; InputRefused for an adapter that 8-bit layers cannot run.
     """
     try:
         version("bitsandbytes")
@@ -132,7 +133,47 @@ def load_reference(base: Checkpoint, adapters: Adapters, rows: int | None = None
             local_files_only=True,
         )
         resize(model, rows)
-        return attach_adapters(model, adapters)
+        adapted = attach_adapters(model, adapters)
+    _mend_8_bit_layers(adapted)
+    _try_one_token(adapted)
+    return adapted
+
+
+def _mend_8_bit_layers(model: Any) -> None:
+    """Two faults of PEFT with bitsandbytes that stop a forward pass; no arithmetic is changed.
+
+    IA3 gives float32 for the float16 that it was given: its result is cast back, as PEFT's LoRA layer does. DoRA copies
+    the codes at each pass on a CPU, and bitsandbytes takes the copy for new codes without scales: it keeps the old.
+    """
+    from bitsandbytes.nn.modules import Linear8bitLt
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    def cast_back(_: Any, given: tuple[Any, ...], result: Any) -> Any:
+        return result.to(given[0].dtype) if given[0].is_floating_point() else result
+
+    def keep_scales(layer: Any, _: Any) -> None:
+        if layer.weight.CB is not None and layer.weight.SCB is None and layer.state.SCB is not None:
+            layer.weight.CB = None
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at each layer what it casts
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            module.register_forward_pre_hook(keep_scales)
+        elif isinstance(module, BaseTunerLayer):
+            cast(torch.nn.Module, module).register_forward_hook(cast_back)
+
+
+def _try_one_token(model: Any) -> None:
+    """InputRefused where the model cannot run, twice: PEFT and bitsandbytes do not fit together for every method."""
+    try:
+        for _ in range(2):
+            TorchScorer(model).logits([0])
+    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+        raise InputRefused(
+            f"the 8-bit reference cannot run this adapter: {type(error).__name__}: {str(error)[:300]}",
+            expected="an adapter that PEFT runs on bitsandbytes' 8-bit layers",
+            todo="give --reference FILE, captured where it runs",
+        ) from error
 
 
 def reference_environment() -> dict[str, str]:

@@ -48,6 +48,7 @@ class Adapted:
     alphas: tuple[float, ...]
     is_exact: bool = False
     plain: Float | None = None
+    is_sum: bool = True  # W' = W + delta with a delta that does not depend on W
 
     @property
     def delta(self) -> Float:
@@ -176,6 +177,7 @@ class Oracle:
             tuple(weight * one.alpha for one, weight in lora),
             slack is None,
             None if plain is None else plain.numpy(),
+            slack is not None and plain is None and all(one.rank is not None for one in found),
         )
 
     def _holding(self, full: str) -> list[Source]:

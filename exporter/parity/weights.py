@@ -50,17 +50,35 @@ def check_elements(stored: Float, adapted: Adapted, dtype: str) -> ElementCheck:
 
 
 def project(stored: Float, adapted: Adapted) -> Projection:
-    """s = <What - W, delta> / ||delta||^2, and its standard error rms(What - W - delta) / ||delta||."""
+    """s = <What - W, delta> / ||delta||^2, and its standard error rms(What - W - delta) / ||delta||.
+
+    Where delta depends on W (IA3, DoRA, replaced values), both sides are taken without their part along W' and W'^3:
+    the noise of a quantization has such a part, for it shrinks large weights, and would pass for a part of the change.
+    """
     delta, original = adapted.delta, adapted.original
     norm = float(np.linalg.norm(delta))
     relative = norm / max(float(np.linalg.norm(original)), np.finfo(np.float64).tiny)
     if norm == 0:
         return Projection(adapted.name, None, None, relative, None)
     change = stored - original
+    if not adapted.is_sum:
+        delta, change = _without(delta, adapted.merged), _without(change, adapted.merged)
+        norm = float(np.linalg.norm(delta))
+        if norm == 0:
+            return Projection(adapted.name, None, None, relative, None)
     residual = change - delta
     share = float(np.vdot(change, delta)) / norm**2
     error = float(np.sqrt(np.mean(residual**2))) / norm
     return Projection(adapted.name, share, error, relative, float(np.linalg.norm(residual)) / norm)
+
+
+def _without(values: Float, merged: Float) -> Float:
+    """`values` less their least-squares part along W' and W'^3."""
+    scale = float(np.abs(merged).max()) or 1.0
+    line = (merged / scale).ravel()
+    basis, _ = np.linalg.qr(np.stack([line, line**3], axis=1))
+    flat = values.ravel()
+    return (flat - basis @ (basis.T @ flat)).reshape(values.shape)
 
 
 def judge_projection(projection: Projection, limits: ProjectionLimits) -> Outcome:

@@ -25,15 +25,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from exporter.errors import InputRefused
+from exporter.graph import export
 from exporter.graph.weights import open_weights
 from exporter.merging.merge import merge
 from exporter.parity.bundles import Bundle
 from exporter.parity.gates import load_thresholds
 from exporter.parity.mutants import merge_mutants
 from exporter.parity.oracle import Oracle
+from exporter.parity.verify import verify
 from exporter.parity.weights import check_weights
 from exporter.sources.checkpoint import open_checkpoint
 from tests.pairs import edit_json, gpt2_config, save_base
+from tests.parity.conftest import Made as SessionPair
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -152,7 +155,9 @@ class Made:
         return Bundle(self.merged, self.merged / "model.onnx", "float", "cpu", "known", {}, open_weights(path))
 
 
-def write_random_adapter(directory: Path, base: Path, config: PeftConfig, before: Callable[[Any], object]) -> None:
+def write_random_adapter(
+    directory: Path, base: Path, config: PeftConfig, before: Callable[[Any], object], scale: float = 0.1
+) -> None:
     """Every tensor that PEFT would train is moved away from where it begins."""
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -162,7 +167,7 @@ def write_random_adapter(directory: Path, base: Path, config: PeftConfig, before
         with torch.no_grad():
             for parameter in peft.parameters():
                 if parameter.requires_grad:
-                    parameter += torch.randn_like(parameter) * 0.1
+                    parameter += torch.randn_like(parameter) * scale
         peft.save_pretrained(str(directory))
 
 
@@ -285,3 +290,20 @@ def test_a_missing_tensor_of_the_adapter_is_refused(tmp_path: Path, name: str) -
     save_file(tensors, made.adapter / "adapter_model.safetensors")
     with pytest.raises(InputRefused, match=r"1 adapter tensor|does not fit"):
         assert made.oracle().names
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        lora(use_dora=True),
+        IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"]),
+    ],
+    ids=["dora", "ia3"],
+)
+def test_verify_passes_a_right_4_bit_bundle(made: SessionPair, tmp_path: Path, adapter: Any) -> None:
+    """With the 8-bit reference: PEFT's DoRA and IA3 stop in bitsandbytes' layers unless they are mended."""
+    write_random_adapter(tmp_path / "adapter", made.base, adapter, lambda model: None, scale=0.05)
+    merge(base=made.base, adapter=tmp_path / "adapter", out=tmp_path / "merged", template="alpaca")
+    (bundle,) = export(tmp_path / "merged", precision=["int4"])
+    found = verify(base=made.base, adapter=tmp_path / "adapter", bundle=bundle.directory, prompts=made.prompts)
+    assert found.verdict == "PASS", found.summary

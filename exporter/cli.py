@@ -51,6 +51,15 @@ class Precision(StrEnum):
     int4 = "int4"
 
 
+class ExportPrecision(StrEnum):
+    native = "native"
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+    int4 = "int4"
+    int8_exact = "int8-exact"
+
+
 class Adapters(StrEnum):
     separate = "separate"
 
@@ -211,7 +220,10 @@ def export(
     adapters: Annotated[
         Adapters | None, typer.Option(help="`separate`: a graph over the base, adapters chosen at run time.")
     ] = None,
-    precision: Annotated[list[Precision] | None, typer.Option(help="Repeat for several; default native.")] = None,
+    precision: Annotated[
+        list[ExportPrecision] | None,
+        typer.Option(help="Repeat for several; default native. int8-exact takes --base and --adapter."),
+    ] = None,
     target: Annotated[list[Target] | None, typer.Option(help="Repeat for several; default cpu.")] = None,
     builder: Annotated[Builder, typer.Option(help="optimum serves architectures without a builder.")] = Builder.native,
     out: Annotated[Path | None, typer.Option(help="Where int8/, int4/ ... go; default: beside CHECKPOINT.")] = None,

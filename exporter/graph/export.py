@@ -1,8 +1,10 @@
 """From a checkpoint to bundles: a graph beside its weights, or a directory of its own for another precision."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from exporter.errors import InputRefused, UsageError
 from exporter.files import lock_directory, removed_if_empty, write_atomically
@@ -14,14 +16,14 @@ from exporter.graph.genai_config import genai_config
 from exporter.graph.gpt2 import PREFIX, build_gpt2, expected_shapes, gpt2_weights
 from exporter.graph.gpt2_config import Gpt2Config, read_gpt2_config
 from exporter.graph.quantize import BLOCK
-from exporter.graph.quantized_file import Stored, write_weights
+from exporter.graph.quantized_file import Stored, bits_per_weight, write_weights
 from exporter.graph.weights import WEIGHTS, open_weights
 from exporter.manifest import describe_file, file_is_unchanged, read_manifest, versions, write_stage
 from exporter.progress import SILENT, Progress
 from exporter.sources.checkpoint import Checkpoint, open_checkpoint
 from exporter.sources.tokenizer import TOKENIZER_JSON, build_tokenizer_json
 
-PRECISIONS = ("native", "fp32", "fp16", "int8", "int4")
+PRECISIONS = ("native", "fp32", "fp16", "int8", "int4", "int8-exact")
 BUILDERS = ("native", "optimum")
 GENAI_CONFIG = "genai_config.json"
 # MatMulNBits quantizes its activations to int8 at level 4; without it 4-bit decoding on a CPU is about 2.3x slower.
@@ -58,7 +60,8 @@ def export(
 
     native points into the checkpoint's own safetensors and lies in its directory; the others stand alone in
     `<out or the checkpoint's parent>/<precision>[-cuda]/`. In place of a checkpoint, `base` and `adapter` with
-    `adapters` "separate" give a graph over the base in `out`, and adapters that are chosen at run time.
+    `adapters` "separate" give a graph over the base in `out`, and adapters that are chosen at run time; with precision
+    "int8-exact" they give the codes of 8-bit loading with the adapters added beside them.
     Raises UsageError (unknown name, foreign output without `force`), InputRefused (a checkpoint that cannot be
     honoured), EnvironmentLacking (disk, optimum).
     """
@@ -80,10 +83,23 @@ def export(
             export_separate(base, given, out, precision=precision[0], target=one, force=force, progress=progress)
             for one in dict.fromkeys(target)
         ]
+    if "int8-exact" in precision:
+        if checkpoint is not None or base is None or out is None or len(precision) != 1 or builder != "native":
+            raise UsageError(
+                "--precision int8-exact with other arguments than it takes",
+                expected="--base, --adapter, --out, no other --precision, the native builder and no CHECKPOINT",
+            )
+        from exporter.graph.int8_exact import export_int8_exact  # it builds on this file
+
+        given = [adapter] if isinstance(adapter, str | Path) else list(adapter)
+        return [
+            export_int8_exact(base, given, out, target=one, force=force, progress=progress)
+            for one in dict.fromkeys(target)
+        ]
     if checkpoint is None or base is not None or adapter:
         raise UsageError(
             "no checkpoint to export" if checkpoint is None else "a checkpoint beside --base or --adapter",
-            expected="CHECKPOINT alone, or --base and --adapter with --adapters separate",
+            expected="CHECKPOINT alone, or --base and --adapter with --adapters separate or --precision int8-exact",
         )
     checkpoint = Path(checkpoint)
     opened = open_checkpoint(checkpoint)
@@ -174,28 +190,51 @@ def export_converted(
 ) -> Bundle:
     """A bundle that is complete alone: weights streamed into `directory`/weights.safetensors in `precision`."""
     checkpoint = open_checkpoint(checkpoint_dir)
-    config = read_gpt2_config(checkpoint.config)
     bundle = Bundle(directory, precision, target, directory / GRAPHS[target])
-    stored = _storage(config, checkpoint, precision, target)
+    stored = _storage(read_gpt2_config(checkpoint.config), checkpoint, precision)
+    manifest = read_manifest(checkpoint.directory)
+    facts = {"provenance": "merge" if _merge_outputs_hold(checkpoint.directory, manifest) else "unknown"}
+    facts |= _merged_onto(manifest)
+    return write_bundle(bundle, checkpoint, stored, facts, adapters=adapters, force=force, progress=progress)
+
+
+def write_bundle(
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    stored: Mapping[str, Stored],
+    facts: Mapping[str, Any],
+    *,
+    extra: Mapping[str, torch.Tensor] | None = None,
+    small: Mapping[str, bytes] | None = None,
+    adapters: Sequence[RuntimeAdapter] = (),
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> Bundle:
+    """Write `bundle` whole: weights, graph, small files, manifest.
+
+    stored: by checkpoint name. extra: tensors that go into the weights as they are. small: files beside the weights, by
+    default copies of the checkpoint's. facts: of the manifest's section. Raises as `write_weights`, and UsageError.
+    """
+    directory = bundle.directory
     manifest = read_manifest(checkpoint.directory)
     _refuse_foreign_directory(directory, bundle.stage, force=force)
     with removed_if_empty(directory), lock_directory(directory):
         sources = {file.name: describe_known(file, manifest)["sha256"] for file in checkpoint.files}
-        digests = write_weights(directory / WEIGHTS, stored, progress)
-        copied = _copy_companions(checkpoint.directory, directory)
+        digests = write_weights(directory / WEIGHTS, stored, progress, extra=extra)
+        if small is None:
+            names = _copy_companions(checkpoint.directory, directory)
+        else:
+            names = list(small)
+            for name, data in small.items():
+                write_atomically(directory / name, data)
+        config = read_gpt2_config(checkpoint.config)
         _write_graph(bundle, config, open_weights(directory / WEIGHTS), checkpoint.config, adapters)
-        facts: dict[str, Any] = {
-            "provenance": "merge" if _merge_outputs_hold(checkpoint.directory, manifest) else "unknown",
-            "source": sources,
-            "tensors": digests,
-        } | adapter_facts(adapters)
-        if precision in ("int8", "int4"):
-            facts |= {"block": BLOCK, "accuracy_level": ACCURACY_LEVEL[target]}
-        facts |= _merged_onto(manifest)
-        facts |= _merged_onto(manifest)
-        weights = {WEIGHTS: describe_file(directory / WEIGHTS)}
-        section = _section(bundle, weights, facts)
-        section["files"] |= {name: describe_file(directory / name) for name in copied}
+        facts = {**facts, "source": sources, "tensors": digests} | adapter_facts(adapters)
+        if any(one.bits for one in stored.values()):
+            bits = bits_per_weight(stored.values())
+            facts |= {"block": BLOCK, "bits_per_weight": bits, "accuracy_level": ACCURACY_LEVEL[bundle.target]}
+        section = _section(bundle, {WEIGHTS: describe_file(directory / WEIGHTS)}, facts)
+        section["files"] |= {name: describe_file(directory / name) for name in names}
         section["files"] |= write_adapters(directory, adapters)
         _publish_section(bundle, section)
     return bundle
@@ -208,20 +247,19 @@ def export_quantized(
     return export_converted(checkpoint_dir, out, f"int{bits}", target, force=force, progress=progress)
 
 
-def _storage(config: Gpt2Config, checkpoint: Checkpoint, precision: str, target: str) -> dict[str, Stored]:
+def _storage(config: Gpt2Config, checkpoint: Checkpoint, precision: str) -> dict[str, Stored]:
     """How each parameter is stored in a bundle of `precision`, by checkpoint name; unused tensors are left out."""
     wanted = gpt2_weights(config, checkpoint.tensors)
     by_short = {name.removeprefix(PREFIX): info for name, info in checkpoint.tensors.items()}
     fixed = {"fp32": "F32", "fp16": "F16"}
-    scale_dtype = "F32" if target == "cpu" else "F16"
     stored: dict[str, Stored] = {}
     for short in wanted:
         info = by_short[short]
         dtype = fixed.get(precision, info.dtype)
         if precision in ("int8", "int4") and short in ("wte.weight", "lm_head.weight"):
-            stored[info.name] = Stored(info, "U8", 8)  # float32 scales: the head computes in float32 everywhere
+            stored[info.name] = Stored(info, "U8", 8)  # at 4 bits they would cost most of the quality
         elif precision in ("int8", "int4") and len(info.shape) == 2 and short.startswith("h."):
-            stored[info.name] = Stored(info, "U8", int(precision[3:]), transposed=True, scale_dtype=scale_dtype)
+            stored[info.name] = Stored(info, "U8", int(precision[3:]), transposed=True)
         else:
             stored[info.name] = Stored(info, dtype)
     assert len(stored) == len(expected_shapes(config))
@@ -277,12 +315,6 @@ def _section(bundle: Bundle, weights: dict[str, dict[str, Any]], facts: dict[str
         "opset": OPSET,
         "versions": versions(),
     } | facts
-
-
-def _merged_onto(manifest: dict[str, Any] | None) -> dict[str, Any]:
-    """What the merge added to, which `verify` of a bundle that stands alone must know; empty without a merge."""
-    request = ((manifest or {"stages": {}})["stages"].get("merge") or {}).get("request") or {}
-    return {"onto": request["onto"]} if "onto" in request else {}
 
 
 def _merged_onto(manifest: dict[str, Any] | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from exporter.errors import InputRefused
 from exporter.graph.attention_inputs import AttentionInputs, biased_attention_inputs, packed_attention_inputs
 from exporter.graph.builder import DTYPES, MICROSOFT, GraphBuilder
 from exporter.graph.gpt2_config import Gpt2Config
-from exporter.graph.low_rank import add_low_rank
+from exporter.graph.low_rank import add_fixed_low_rank, add_low_rank
 from exporter.graph.weights import Quantized, Weight
 
 PREFIX = "transformer."
@@ -87,14 +87,19 @@ class Gpt2Graph:
 
     def _embed_quantized(self, b: GraphBuilder, weight: Quantized, ids: ir.Value) -> ir.Value:
         # The head reads the same bytes as (N, K / block, bytes); this view of them is 2-D.
-        flat = (weight.rows, weight.columns * weight.bits // 8)
+        flat = (weight.rows, weight.codes.shape[1] * weight.codes.shape[2])
         codes = b.weight(weight.codes, name=f"{weight.codes.name}.flat", shape=flat)
-        scales = b.weight(weight.scales)
+        # A name of their own: the head's scales are the same bytes, and each is cast by a node of its own.
+        scales = b.cast(b.weight(weight.scales, name=f"{weight.scales.name}.flat"), FLOAT)
         attributes = {"bits": weight.bits, "block_size": weight.block, "gather_axis": 0, "quantize_axis": 1}
         (rows,) = b.op(
             "GatherBlockQuantized", [codes, ids, scales], attributes, domain=MICROSOFT, name=f"{weight.name}.rows"
         )
-        rows.dtype = DTYPES[weight.scales.dtype]
+        if weight.columns % weight.block:  # the last block is filled up
+            start, axis = b.constant([0], INT64, "zero_1d"), b.constant([2], INT64, "two_1d")
+            end = b.constant([weight.columns], INT64, f"{weight.name}.columns")
+            (rows,) = b.op("Slice", [rows, start, end, axis], name=f"{weight.name}.own")
+        rows.dtype = FLOAT
         return b.cast(rows, self.dtype)
 
     def _add_norm(
@@ -125,13 +130,13 @@ class Gpt2Graph:
 
     def _linear_quantized(self, b: GraphBuilder, weight: Quantized, x: ir.Value, dtype: ir.DataType) -> ir.Value:
         inputs = [x, b.weight(weight.codes), b.cast(b.weight(weight.scales), dtype)]
-        if weight.zero_points is not None:
-            inputs.append(b.weight(weight.zero_points))
         attributes = {"K": weight.columns, "N": weight.rows, "bits": weight.bits, "block_size": weight.block}
         if self.accuracy_level:
             attributes["accuracy_level"] = self.accuracy_level
         (y,) = b.op("MatMulNBits", inputs, attributes, domain=MICROSOFT, name=f"{weight.name}.product")
-        return y
+        if weight.down is None or weight.up is None:
+            return y
+        return add_fixed_low_rank(b, weight.name, x, y, b.weight(weight.down), b.weight(weight.up), dtype)
 
     def _attention(
         self, b: GraphBuilder, i: int, x: ir.Value, past: tuple[ir.Value, ir.Value], lengths: AttentionInputs

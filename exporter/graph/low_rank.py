@@ -1,4 +1,4 @@
-"""A LoRA as inputs of a graph: y + (x A) B, with A and B of any rank, and none of them by default."""
+"""A LoRA beside a matrix: y + (x A) B, with A and B inputs of any rank (none of them by default), or fixed."""
 
 import onnx_ir as ir
 
@@ -27,3 +27,14 @@ def add_low_rank(
     (narrow,) = b.op("MatMul", [x, b.cast(a, dtype)], name=f"{module}.lora.down")  # (B, S, r)
     (delta,) = b.op("MatMul", [narrow, b.cast(z, dtype)], name=f"{module}.lora.up")  # (B, S, out)
     return b.op("Add", [y, delta], name=f"{module}.lora")[0]
+
+
+def add_fixed_low_rank(
+    b: GraphBuilder, name: str, x: ir.Value, y: ir.Value, a: ir.Value, z: ir.Value, dtype: ir.DataType
+) -> ir.Value:
+    """y + (x A) B with float32 A (in, r) and B (r, out); the sum over r is taken in float32, x and y are `dtype`."""
+    x.dtype = dtype
+    (narrow,) = b.op("MatMul", [b.cast(x, ir.DataType.FLOAT), a], name=f"{name}.lora.down")  # (B, S, r)
+    (delta,) = b.op("MatMul", [narrow, z], name=f"{name}.lora.up")  # (B, S, out)
+    delta.dtype = ir.DataType.FLOAT
+    return b.op("Add", [y, b.cast(delta, dtype)], name=f"{name}.lora")[0]

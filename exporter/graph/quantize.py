@@ -1,87 +1,94 @@
-"""Block quantization: each block of 32 weights gets the scale (and zero point) of least squared error."""
+"""Block quantization: each block of 32 weights of one output gets the scale of least squared error that was found.
+
+w = (code - 2^(bits-1)) * scale with a float16 scale of either sign: 8.5 bits a weight at 8 bits and 4.5 at 4, which is
+what ggml's q8_0 and q4_0 take. At 32 weights a block both are nearer to the weights than 64 with a float32 scale, which
+takes as much. A zero point for each block (4.625 bits) would take a further 8 % off the squared error of 4 bits, and is
+left out to stay at 4.5.
+"""
 
 from dataclasses import dataclass
 
 import torch
 
 BLOCK = 32
-# How far a block's range may shrink: a clipped outlier buys finer steps for the other 31 weights.
-SHRINK = {4: (1.0, 0.9, 0.8, 0.7), 8: (1.0,)}
-# Rounds of "codes for the scale, then the scale for the codes": with the four ranges, as good as a search over 625.
-ROUNDS = 2
+# The largest of a block, whatever its sign, is put at this many steps from zero, in turn, and the best is kept: beyond
+# 2^(bits-1) it is clipped and the others get finer steps; before it, the others round differently, which is as good.
+# The best four of a grid, on normal, heavy-tailed and trained weights; eight take 1 % more off the error at 4 bits.
+REACH = {8: (128.0, 127.0, 126.0, 125.0), 4: (8.8, 8.4, 8.0, 7.2)}
+# Weights in work at once: three float32 temporaries of them stay in a processor's second-level cache.
+TILE, TILE_COLUMNS = 1 << 17, 1 << 12
+LARGEST_SCALE = 6e4  # float16 ends at 65504
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedBlocks:
-    """codes uint8 (..., BLOCK), unpacked; scales float32 (...); zero_points uint8 (...) or None for 2^(bits-1)."""
+    """codes uint8 (K, BLOCK, N), unpacked; scales float16 (K, N)."""
 
     codes: torch.Tensor
     scales: torch.Tensor
-    zero_points: torch.Tensor | None
 
 
-def quantize_blocks(values: torch.Tensor, bits: int, scale_dtype: torch.dtype) -> QuantizedBlocks:
-    """`values` float32 (..., BLOCK); w = (code - zero_point) * scale with scales that `scale_dtype` can hold.
+def quantize_blocks(values: torch.Tensor, bits: int) -> QuantizedBlocks:
+    """float32 (K, BLOCK, N), blocks along the second dimension.
 
-    8 bits: symmetric about 128. 4 bits: with a zero point; the range that holds all values is shrunk step by step
-    and the best step is kept, block by block. Last, the scale is refitted to the chosen codes by least squares.
+    For each reach, codes are the rounded multiples, and the scale is refitted to them by least squares:
+    s = <w, q> / <q, q>, whose squared error is s^2 <q, q> - 2 s <w, q> + <w, w>, taken for the s that float16 can hold.
+    A block of zeros (or of values too small for float16) has the scale 1 and codes of zero. ValueError for values that
+    are not finite, or whose scale is beyond float16.
     """
-    symmetric = bits == 8
-    top = (1 << bits) - 1
-    low, high = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
-    best: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-    best_error = torch.full_like(low, torch.inf)
-    for shrink in SHRINK[bits]:
-        if symmetric:
-            scale = _storable(torch.maximum(-low, high) * (shrink / (top >> 1)), scale_dtype)
-            zero = torch.full_like(scale, float((top + 1) >> 1))
-        else:
-            scale = _storable((high - low) * (shrink / top), scale_dtype)
-            zero = (-low * shrink / scale).round().clamp(0, top)
-        codes = values
-        for _ in range(ROUNDS):
-            codes = (values / scale.unsqueeze(-1)).round_().add_(zero.unsqueeze(-1)).clamp_(0, top)
-            scale = _refit(values, codes, zero, scale, scale_dtype)
-        error = _squared_error(values, codes, zero, scale)
-        if best is None:
-            best, best_error = (codes, scale, zero), error
-        else:
-            better = error < best_error
-            best = (
-                torch.where(better.unsqueeze(-1), codes, best[0]),
-                torch.where(better, scale, best[1]),
-                torch.where(better, zero, best[2]),
-            )
-            best_error = torch.where(better, error, best_error)
-    assert best is not None
-    codes, scale, zero = best
-    return QuantizedBlocks(codes.to(torch.uint8), scale, None if symmetric else zero.to(torch.uint8))
+    half = 1 << (bits - 1)
+    low, high = values.amin(1), values.amax(1)
+    extreme = torch.where(high > -low, high, low)  # (K, N), signed
+    if not (extreme.abs() < LARGEST_SCALE * half).all():
+        raise ValueError(f"a weight is NaN, infinite or beyond {LARGEST_SCALE * half:.0f}")
+    # The extreme goes to the negative end, which has one step more; below 1e-30 a reciprocal would overflow.
+    unit = torch.where(extreme.abs() > 1e-30, -1 / extreme, 0.0)
+    scales, errors = torch.zeros_like(extreme), torch.zeros_like(extreme)
+    steps, products = torch.empty_like(values), torch.empty_like(values)
+    for reach in REACH[bits]:
+        torch.mul(values, (unit * reach).unsqueeze(1), out=steps)
+        steps.round_().clamp_(-half, half - 1)
+        overlap = _sum_blocks(torch.mul(values, steps, out=products))
+        square = torch.mul(steps, steps, out=products).sum(1)  # of whole numbers: exact in any order
+        scale = (overlap / square).half().float()
+        error = scale * (scale * square - 2 * overlap)  # less <w, w>; NaN for a block of zeros, which is never better
+        better = error < errors
+        scales, errors = torch.where(better, scale, scales), torch.where(better, error, errors)
+    inverse = torch.where(scales != 0, 1 / scales, 0.0)
+    torch.mul(values, inverse.unsqueeze(1), out=steps)
+    steps.round_().clamp_(-half, half - 1).add_(half)
+    return QuantizedBlocks(steps.to(torch.uint8), torch.where(scales != 0, scales, 1.0).half())
 
 
-def _storable(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """As it will be stored; 1 for a block of zeros (or of values too small for the type), whose codes are then zero."""
-    scale = scale.to(dtype).float()
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+def _sum_blocks(values: torch.Tensor) -> torch.Tensor:
+    """(K, BLOCK, N) to (K, N) by halves, in place: torch's own order of sums depends on the shape and the machine."""
+    size = BLOCK
+    while size > 1:
+        size //= 2
+        values[:, :size] += values[:, size : 2 * size]
+    return values[:, 0].clone()
 
 
-def _refit(
-    values: torch.Tensor, codes: torch.Tensor, zero: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """The scale that minimises sum((values - (codes - zero) * scale)^2): <values, steps> / <steps, steps>."""
-    steps = codes - zero.unsqueeze(-1)
-    square = steps.square().sum(-1)
-    fitted = ((values * steps).sum(-1) / square.clamp(min=1)).to(dtype).float()
-    return torch.where((square > 0) & (fitted > 0), fitted, scale)
+def quantize_matrix(matrix: torch.Tensor, bits: int, codes: torch.Tensor, scales: torch.Tensor) -> None:
+    """Quantize W^T (inputs, outputs), any float type, into the layout of MatMulNBits, tile by tile.
 
-
-def _squared_error(values: torch.Tensor, codes: torch.Tensor, zero: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return ((codes - zero.unsqueeze(-1)) * scale.unsqueeze(-1) - values).square_().sum(-1)
+    codes uint8 (outputs, ceil(inputs / BLOCK), BLOCK * bits / 8) and scales float16 (outputs, ceil(inputs / BLOCK)) are
+    written. Inputs are filled up with zeros to whole blocks. ValueError as `quantize_blocks`.
+    """
+    outputs = matrix.shape[1]
+    width = min(outputs, TILE_COLUMNS)
+    height = max(1, TILE // (BLOCK * width))  # blocks
+    for block in range(0, codes.shape[1], height):
+        for column in range(0, outputs, width):
+            part = matrix[block * BLOCK : (block + height) * BLOCK, column : column + width].float()
+            if missing := -part.shape[0] % BLOCK:
+                part = torch.nn.functional.pad(part, (0, 0, 0, missing))
+            q = quantize_blocks(part.contiguous().view(-1, BLOCK, part.shape[1]), bits)
+            place = slice(column, column + width), slice(block, block + height)
+            codes[place] = pack(q.codes, bits).permute(2, 0, 1)
+            scales[place] = q.scales.T
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 codes (..., n) as bytes (..., ceil(n * bits / 8)), low bits first."""
-    if bits == 8:
-        return codes
-    if codes.shape[-1] % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    """uint8 codes (K, BLOCK, N) as bytes (K, BLOCK * bits / 8, N), low bits first."""
+    return codes if bits == 8 else codes[:, 0::2] | (codes[:, 1::2] << 4)

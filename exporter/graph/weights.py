@@ -13,27 +13,32 @@ from exporter.sources.safetensors_file import read_header
 from exporter.sources.tensors import FLOATS
 
 WEIGHTS = "weights.safetensors"
-# Beside the codes `wte.weight.int8` stand `wte.weight.int8.scales` and perhaps `.zero_points`; a `t` after the bits
-# says that the checkpoint stores the transpose.
-CODES = re.compile(r"(?P<name>.+)\.int(?P<bits>[48])(?P<transposed>t?)")
-SCALES, ZERO_POINTS = ".scales", ".zero_points"
+# Beside the codes `wte.weight.int8` stand `wte.weight.int8.scales`; a `t` after the bits says that the checkpoint
+# stores the transpose, `.of40` that only 40 columns of the last block are the matrix's own.
+CODES = re.compile(r"(?P<name>.+)\.int(?P<bits>[48])(?P<transposed>t?)(\.of(?P<columns>\d+))?")
+SCALES = ".scales"
+# The factors of an adapter that stands beside a quantized matrix: `h.0.attn.c_attn.weight.lora_A` and `.lora_B`.
+DOWN, UP = ".lora_A", ".lora_B"
 
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """A matrix W of y = x W^T in blocks along its columns: w = (code - zero_point) * scale.
+    """A matrix W of y = x W^T in blocks along its columns, w = (code - 2^(bits-1)) * scale; perhaps with a LoRA beside.
 
     codes: uint8 (rows, columns / block, block * bits / 8), low bits first; scales: float (rows, columns / block);
-    zero_points: uint8 (rows, ceil(columns / block * bits / 8)) packed like the codes, None means 2^(bits-1).
-    `transposed`: the checkpoint stores W^T (Conv1D, (columns, rows)). The layout is MatMulNBits' own.
+    `transposed`: the checkpoint stores W^T (Conv1D, (columns, rows)). The layout is MatMulNBits' own; where `block`
+    does not divide `columns` the last block is filled up with codes that mean 0.
+    down, up: float32 A^T (columns, r) and scale * B^T (r, rows): y = x W^T + (x A^T) (scale B^T).
     """
 
     name: str
     codes: TensorInfo
     scales: TensorInfo
-    zero_points: TensorInfo | None
     bits: int
     transposed: bool
+    columns: int
+    down: TensorInfo | None = None
+    up: TensorInfo | None = None
 
     @property
     def rows(self) -> int:
@@ -44,8 +49,10 @@ class Quantized:
         return self.codes.shape[2] * 8 // self.bits
 
     @property
-    def columns(self) -> int:
-        return self.codes.shape[1] * self.block
+    def parts(self) -> tuple[TensorInfo, ...]:
+        """The tensors of the file that it is made of."""
+        parts = (self.codes, self.scales, self.down, self.up)
+        return tuple(part for part in parts if part is not None)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,36 +63,50 @@ class Quantized:
 Weight = TensorInfo | Quantized
 
 
-def codes_name(name: str, bits: int, *, transposed: bool) -> str:
-    return f"{name}.int{bits}{'t' if transposed else ''}"
+def codes_name(name: str, bits: int, columns: int, block: int, *, transposed: bool) -> str:
+    return f"{name}.int{bits}{'t' if transposed else ''}{f'.of{columns}' if columns % block else ''}"
 
 
 def open_weights(path: Path) -> Mapping[str, Weight]:
     """The weights of a bundle's own safetensors file, under the names of the checkpoint they come from."""
     tensors = read_header(path)[0]
     weights: dict[str, Weight] = {}
-    taken: set[str] = set()
-    for key, codes in tensors.items():
+    for key in tensors:
         if match := CODES.fullmatch(key):
-            scales, zero_points = tensors.get(key + SCALES), tensors.get(key + ZERO_POINTS)
-            if codes.dtype != "U8" or len(codes.shape) != 3 or scales is None or scales.shape != codes.shape[:2]:
-                raise InputRefused(f"{path}: {key!r} is malformed", expected="codes and scales", todo="export again")
-            bits, transposed = int(match["bits"]), bool(match["transposed"])
-            weights[match["name"]] = Quantized(match["name"], codes, scales, zero_points, bits, transposed)
-            taken |= {key, key + SCALES, key + ZERO_POINTS}
+            weights[match["name"]] = _quantized(path, tensors, key, match)
+    taken = {part.name for weight in weights.values() if isinstance(weight, Quantized) for part in weight.parts}
     return weights | {key: info for key, info in tensors.items() if key not in taken}
 
 
+def _quantized(path: Path, tensors: Mapping[str, TensorInfo], key: str, match: re.Match[str]) -> Quantized:
+    codes, scales, name = tensors[key], tensors.get(key + SCALES), match["name"]
+    if codes.dtype != "U8" or len(codes.shape) != 3 or scales is None or scales.shape != codes.shape[:2]:
+        raise InputRefused(f"{path}: {key!r} is malformed", expected="codes and scales", todo="export again")
+    bits = int(match["bits"])
+    padded = codes.shape[1] * codes.shape[2] * 8 // bits
+    columns = int(match["columns"] or padded)
+    if not padded - codes.shape[2] * 8 // bits < columns <= padded:
+        raise InputRefused(f"{path}: {key!r} has {padded} columns", expected=f"{columns} in whole blocks")
+    return Quantized(
+        name,
+        codes,
+        scales,
+        bits,
+        bool(match["transposed"]),
+        columns,
+        tensors.get(name + DOWN),
+        tensors.get(name + UP),
+    )
+
+
 def dequantize(weight: Quantized) -> torch.Tensor:
-    """The matrix in the checkpoint's own orientation, float32: exactly what the stored integers mean."""
+    """The matrix in the checkpoint's own orientation, float32: what the stored integers, and a LoRA beside, mean."""
     codes = unpack(read_tensor(weight.codes), weight.bits)  # (N, K / block, block)
     scales = read_tensor(weight.scales).float().reshape(weight.rows, -1, 1)
-    if weight.zero_points is None:
-        zero = torch.tensor(float(1 << (weight.bits - 1)))
-    else:
-        zero = unpack(read_tensor(weight.zero_points), weight.bits)[:, : scales.shape[1]].unsqueeze(2).float()
-    matrix = ((codes.float() - zero) * scales).reshape(weight.rows, weight.columns)
-    return matrix.T.contiguous() if weight.transposed else matrix
+    matrix = ((codes.float() - (1 << (weight.bits - 1))) * scales).reshape(weight.rows, -1)[:, : weight.columns]
+    if weight.down is not None and weight.up is not None:
+        matrix = matrix + (read_tensor(weight.down) @ read_tensor(weight.up)).T
+    return (matrix.T if weight.transposed else matrix).contiguous()
 
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:

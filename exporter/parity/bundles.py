@@ -143,7 +143,7 @@ def _check_places(graph: Path, external: list[tuple[str, dict[str, str]]], weigh
 
 def _parts(weight: Weight) -> list[TensorInfo]:
     if isinstance(weight, Quantized):
-        return [part for part in (weight.codes, weight.scales, weight.zero_points) if part is not None]
+        return list(weight.parts)
     return [weight]
 
 
@@ -217,4 +217,5 @@ def quantization_steps(weight: Quantized) -> tuple[torch.Tensor, torch.Tensor]:
     steps = read_tensor(weight.scales).float().repeat_interleave(weight.block, dim=1)
     codes = unpack(read_tensor(weight.codes), weight.bits).reshape(steps.shape)
     clipped = (codes == 0) | (codes == (1 << weight.bits) - 1)
+    steps, clipped = steps.abs()[:, : weight.columns], clipped[:, : weight.columns]  # a scale may be negative
     return (steps.T, clipped.T) if weight.transposed else (steps, clipped)

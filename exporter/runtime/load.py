@@ -19,7 +19,7 @@ from exporter.sources.checkpoint import read_json
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 # Nearest to the merged checkpoint first.
-BEST = ("native", "fp32", "fp16", "int8", "int4")
+BEST = ("native", "fp32", "fp16", "int8", "int8-exact", "int4")
 
 
 def load(

@@ -1,5 +1,6 @@
 """What a bundle needs in memory, and what the machine has left: asked before a session is opened."""
 
+import math
 from pathlib import Path
 
 import psutil
@@ -32,7 +33,7 @@ def _graph_files(bundle: Bundle) -> list[str]:
 
 def _held(name: str, weight: Weight, target: str) -> int:
     if isinstance(weight, Quantized):
-        own = weight.codes.nbytes + weight.scales.nbytes + (weight.zero_points.nbytes if weight.zero_points else 0)
+        own = weight.codes.nbytes + 4 * math.prod(weight.scales.shape)  # scales become float32
         return 2 * own if name.endswith(EMBEDDINGS) else own  # the head's packed copy beside the rows that Gather reads
     elements = 1
     for size in weight.shape:

@@ -172,12 +172,6 @@ def test_float16_overflow_names_the_tensor_and_leaves_nothing(tmp_path: Path) ->
     assert not (tmp_path / "fp16").exists()
 
 
-def test_a_width_that_blocks_do_not_divide_is_refused(tmp_path: Path) -> None:
-    tiny_model(tmp_path / "merged", n_embd=48, n_head=2)
-    with pytest.raises(InputRefused, match="48 inputs"):
-        export(tmp_path / "merged", precision=["int8"])
-
-
 def test_foreign_files_are_not_overwritten_without_force(tmp_path: Path) -> None:
     tiny_model(tmp_path / "merged")
     (tmp_path / "merged" / "model.onnx").write_text("mine")

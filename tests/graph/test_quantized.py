@@ -4,12 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
+from exporter.errors import InputRefused
 from exporter.graph import Bundle, dequantized_weights, export
 from exporter.graph.bundle import bundle_weights
 from exporter.graph.export import ACCURACY_LEVEL
@@ -85,71 +88,124 @@ def test_every_weight_is_near_the_checkpoints(tmp_path: Path, tiny: TinyModel, p
             assert error == 0, name
 
 
+def restored(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """What quantize_blocks makes of (blocks, BLOCK) values."""
+    q = quantize_blocks(values.T.contiguous().unsqueeze(0), bits)
+    return ((q.codes.float() - (1 << (bits - 1))) * q.scales.float().unsqueeze(1))[0].T
+
+
 def brute_force_error(block: np.ndarray, bits: int) -> float:
-    """The best squared error over a fine grid of ranges [low, high] that hold 0."""
-    top, best = (1 << bits) - 1, np.inf
-    low, high = min(block.min(), 0), max(block.max(), 0)
-    for a in np.linspace(0.4, 1.0, 25):
-        for b in np.linspace(0.4, 1.0, 25):
-            scale = (high * b - low * a) / top
-            zero = np.clip(np.round(-low * a / scale), 0, top)
-            codes = np.clip(np.round(block / scale) + zero, 0, top)
-            best = min(best, float((((codes - zero) * scale - block) ** 2).sum()))
-    return best
+    """The best squared error over a fine grid of scales of either sign."""
+    half = 1 << (bits - 1)
+    scales = np.abs(block).max() / np.linspace(0.75, 1.25, 400) / half
+    scales = np.concatenate([scales, -scales])[:, None]
+    codes = np.clip(np.round(block / scales), -half, half - 1)
+    return float(((codes * scales - block) ** 2).sum(1).min())
 
 
-def test_4_bit_scales_come_near_an_exhaustive_search() -> None:
-    blocks = np.random.default_rng(0).standard_t(5, size=(40, BLOCK)).astype(np.float32)
-    q = quantize_blocks(torch.from_numpy(blocks), 4, torch.float32)
-    assert q.zero_points is not None
-    values = (q.codes.float() - q.zero_points.float()[:, None]) * q.scales[:, None]
-    ours = (values.numpy() - blocks).__pow__(2).sum()
-    best = sum(brute_force_error(block, 4) for block in blocks)
-    plain = quantize_plainly(blocks)
-    assert ours < 1.02 * best
-    assert ours < 0.97 * plain
-
-
-def quantize_plainly(blocks: np.ndarray) -> float:
-    low, high = np.minimum(blocks.min(1), 0), np.maximum(blocks.max(1), 0)
-    scale = (high - low) / 15
-    zero = np.round(-low / scale)
-    codes = np.clip(np.round(blocks / scale[:, None]) + zero[:, None], 0, 15)
-    return float((((codes - zero[:, None]) * scale[:, None] - blocks) ** 2).sum())
+@pytest.mark.parametrize(("bits", "above"), [(4, 1.02), (8, 1.4)])
+def test_scales_come_near_an_exhaustive_search(bits: int, above: float) -> None:
+    """At 8 bits the search over 800 scales picks lucky roundings that four scales do not meet."""
+    blocks = np.random.default_rng(0).standard_t(5, size=(200, BLOCK)).astype(np.float32)
+    ours = float((restored(torch.from_numpy(blocks), bits).numpy() - blocks).__pow__(2).sum())
+    best = sum(brute_force_error(block, bits) for block in blocks)
+    assert ours < above * best
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    seed=st.integers(0, 1 << 20),
-    scale=st.floats(1e-6, 1e3),
-    shift=st.floats(-3, 3),
-    bits=st.sampled_from([4, 8]),
-    half=st.booleans(),
-)
-def test_no_value_moves_further_than_the_clipped_range_allows(
-    seed: int, scale: float, shift: float, bits: int, half: bool
-) -> None:
+@given(seed=st.integers(0, 1 << 20), scale=st.floats(1e-2, 1e3), shift=st.floats(-3, 3), bits=st.sampled_from([4, 8]))
+def test_no_value_moves_further_than_the_clipped_range_allows(seed: int, scale: float, shift: float, bits: int) -> None:
     values = torch.randn(4, BLOCK, generator=torch.Generator().manual_seed(seed)).add(shift).mul(scale)
-    q = quantize_blocks(values, bits, torch.float16 if half else torch.float32)
-    zero = torch.full_like(q.scales, 128.0) if q.zero_points is None else q.zero_points.float()
-    restored = (q.codes.float() - zero[:, None]) * q.scales[:, None]
-    spread = values.amax(1).clamp(min=0) - values.amin(1).clamp(max=0)
-    assert torch.isfinite(restored).all()
-    if scale > 1e-4:  # below, float16 scales are subnormal
-        assert ((restored - values).abs().amax(1) <= spread * 0.5).all()
-        assert ((restored - values).norm() / values.norm()) < (0.2 if bits == 4 else 0.02)
+    error = restored(values, bits) - values
+    steps = values.abs().amax(1) / (1 << (bits - 1))
+    assert (error.abs().amax(1) <= 1.5 * steps).all()
+    assert error.norm() / values.norm() < (0.12 if bits == 4 else 0.008)
 
 
-def test_a_block_of_zeros_stays_zero() -> None:
-    for bits in (4, 8):
-        q = quantize_blocks(torch.zeros(1, BLOCK), bits, torch.float32)
-        zero = 128 if q.zero_points is None else int(q.zero_points[0])
-        assert set(q.codes.flatten().tolist()) == {zero}
-        assert torch.isfinite(q.scales).all()
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_block_of_zeros_stays_zero(bits: int) -> None:
+    q = quantize_blocks(torch.zeros(1, BLOCK, 1), bits)
+    assert set(q.codes.flatten().tolist()) == {1 << (bits - 1)}
+    assert q.scales.tolist() == [[1.0]]
 
 
-@given(st.lists(st.integers(0, 15), min_size=1, max_size=9))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_weights_that_have_no_scale_are_refused_by_name(tmp_path: Path, precision: str, value: float) -> None:
+    tiny_model(tmp_path / "merged")
+    tensors = load_file(tmp_path / "merged" / "model.safetensors")
+    tensors["transformer.h.1.mlp.c_proj.weight"][40, 5] = value
+    save_file(tensors, tmp_path / "merged" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputRefused, match=r"h\.1\.mlp\.c_proj\.weight.*infinite or beyond"):
+        export(tmp_path / "merged", precision=[precision])
+    assert not (tmp_path / precision).exists()
+
+
+@given(st.lists(st.integers(0, 15), min_size=BLOCK, max_size=BLOCK))
 def test_packing_puts_the_low_bits_first(codes: list[int]) -> None:
-    packed = pack(torch.tensor(codes, dtype=torch.uint8), 4)
-    assert packed.tolist()[0] == codes[0] | (codes[1] << 4 if len(codes) > 1 else 0)
-    assert unpack(packed, 4).tolist()[: len(codes)] == codes
+    packed = pack(torch.tensor(codes, dtype=torch.uint8).view(1, BLOCK, 1), 4).flatten()
+    assert packed.tolist()[0] == codes[0] | codes[1] << 4
+    assert unpack(packed, 4).tolist() == codes
+
+
+def test_the_manifest_counts_every_bit(tmp_path: Path, tiny: TinyModel) -> None:
+    for precision, bits in (("int8", 8.5), ("int4", 4.5)):
+        bundle = export(tiny.directory, precision=[precision], out=tmp_path)[0]
+        stated = bundle.section["bits_per_weight"]
+        assert stated["matrices"] == bits
+        tensors = load_file(bundle.directory / WEIGHTS)
+        count = sum(parameter.numel() for parameter in tiny.model.parameters())
+        assert stated["all"] == round(8 * sum(tensor.nbytes for tensor in tensors.values()) / count, 4)
+
+
+@settings(max_examples=16, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    heads=st.integers(1, 4),
+    head_size=st.sampled_from([8, 24, 40]),
+    layers=st.integers(1, 2),
+    inner=st.one_of(st.none(), st.integers(1, 150)),
+    vocabulary=st.integers(2, 300),
+    tied=st.booleans(),
+    precision=st.sampled_from(["int8", "int4"]),
+    level=st.sampled_from([0, 1, 4]),
+    seed=st.integers(0, 1 << 16),
+)
+def test_random_architectures_compute_with_the_dequantized_weights(
+    tmp_path_factory: pytest.TempPathFactory,
+    heads: int,
+    head_size: int,
+    layers: int,
+    inner: int | None,
+    vocabulary: int,
+    tied: bool,
+    precision: str,
+    level: int,
+    seed: int,
+) -> None:
+    """Widths that blocks do not divide, odd vocabularies. Float activations: as transformers but for rounding; int8
+    activations (level 4) have 127 steps a block of 32, about 1 % of noise in each product.
+    """
+    directory = tmp_path_factory.mktemp("any")
+    model = tiny_model(
+        directory / "merged",
+        seed=seed,
+        n_embd=heads * head_size,
+        n_head=heads,
+        n_layer=layers,
+        n_inner=inner,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+        n_positions=9,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ACCURACY_LEVEL, "cpu", level)
+        bundle = export(directory / "merged", precision=[precision])[0]
+    onnx.checker.check_model(bundle.graph, full_check=True)
+    ids = tokens(9, seed, vocabulary)
+    with torch.no_grad():
+        expected = carrying(bundle, model.model.config)(torch.tensor([ids])).logits[0].numpy()
+    error = load(bundle, threads=1).logits(ids) - expected
+    if level == 4:
+        assert np.sqrt((error**2).mean()) < 0.05 * np.sqrt((expected**2).mean())
+    else:
+        assert np.abs(error).max() < 1e-4 * max(1.0, float(np.abs(expected).max()) / 10)

@@ -1,0 +1,137 @@
+"""`exporter export --precision int8-exact`: the base's weights as 8-bit loading makes them, the adapters beside them.
+
+Folding an adapter into int8 codes and quantizing again loses most of it: its values are smaller than a step. So every
+matrix that LLM.int8 quantizes keeps bitsandbytes' own codes (shifted by 128) and its own row scales absmax / 127, the
+scale repeated for each block as MatMulNBits wants it, and an adapter is a float32 product beside it:
+y = x W^T + (x A^T) (scale B^T). Everything that 8-bit loading leaves alone stays in its stored type.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exporter.errors import InputRefused, UsageError
+from exporter.graph.adapters import RuntimeAdapter
+from exporter.graph.bundle import GRAPHS, Bundle
+from exporter.graph.export import write_bundle
+from exporter.graph.gpt2 import PREFIX, gpt2_weights
+from exporter.graph.gpt2_config import read_gpt2_config
+from exporter.graph.quantized_file import Stored
+from exporter.graph.separate import read_runtime_adapter
+from exporter.graph.weights import DOWN, UP
+from exporter.merging.card import choose_template, generation_config_bytes, licence_of
+from exporter.merging.int8 import quantized_modules
+from exporter.merging.modules import ModelLayout, model_layout
+from exporter.progress import SILENT, Progress
+from exporter.sources.checkpoint import Checkpoint, open_checkpoint
+from exporter.sources.hub import Source, resolve
+from exporter.sources.tokenizer import TOKENIZER_JSON, build_tokenizer_json, tokenizer_files
+
+PRECISION = "int8-exact"
+FORMULA = "y = x W_int8^T + (x A^T) (scale B^T) in float32, W_int8 = code * (absmax * float32(1/127)) of bitsandbytes"
+
+
+def export_int8_exact(
+    base: str | Path,
+    adapters: Sequence[str | Path],
+    out: Path,
+    *,
+    target: str = "cpu",
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> Bundle:
+    """A bundle in `out` that computes what the unmerged 8-bit PEFT model does, but for the rounding of activations.
+
+    Several adapters add up. Raises UsageError (foreign output, no adapter), InputRefused (anything but LoRA on the
+    quantized matrices, by name; weights without codes), EnvironmentLacking.
+    """
+    if not adapters:
+        raise UsageError("no adapter", expected="--adapter, once or more")
+    source = resolve(base, kind="base", progress=progress)
+    sources = [resolve(one, kind="adapter", progress=progress) for one in adapters]
+    checkpoint = open_checkpoint(source.directory)
+    config = read_gpt2_config(checkpoint.config)
+    layout = model_layout(checkpoint.directory, checkpoint.config)
+    opened = [read_runtime_adapter(one.id or one.directory.name, one, layout, config) for one in sources]
+    stored = _storage(checkpoint, layout)
+    factors = _factors(opened, stored)
+    bundle = Bundle(out, PRECISION, target, out / GRAPHS[target])
+    facts: dict[str, Any] = {
+        "provenance": "base and adapters",
+        "base": {"source": source.id or str(source.directory), "commit": source.commit},
+        "adapters_beside": [{"name": adapter.name, **adapter.facts} for adapter in opened],
+        "formula": FORMULA,
+        "onto": "int8",
+    }
+    small = _small_files(source, sources, progress)
+    return write_bundle(bundle, checkpoint, stored, facts, extra=factors, small=small, force=force, progress=progress)
+
+
+def _storage(checkpoint: Checkpoint, layout: ModelLayout) -> dict[str, Stored]:
+    """By checkpoint name: codes for what 8-bit loading converts, everything else as it is stored."""
+    codes = {f"{module.removeprefix(PREFIX)}.weight" for module in quantized_modules(layout.model)}
+    wanted = gpt2_weights(read_gpt2_config(checkpoint.config), checkpoint.tensors)
+    stored = {}
+    for name, info in checkpoint.tensors.items():
+        short = name.removeprefix(PREFIX)
+        if short in wanted:
+            plain = Stored(info, info.dtype)
+            stored[name] = replace(plain, bits=8, transposed=True, exact=True) if short in codes else plain
+    return stored
+
+
+def _factors(adapters: Sequence[RuntimeAdapter], stored: Mapping[str, Stored]) -> dict[str, torch.Tensor]:
+    """float32 A^T (in, r) and scale B^T (r, out) by the weight's name: the adapters' side by side along r."""
+    names = {name.removeprefix(PREFIX): name for name, one in stored.items() if one.exact}
+    factors = {}
+    for module in dict.fromkeys(module for adapter in adapters for module in adapter.factors):
+        if f"{module}.weight" not in names:
+            raise InputRefused(
+                f"an adapter changes {module!r}, which 8-bit loading does not quantize",
+                expected="LoRA on the matrices of the blocks",
+                todo="merge it: exporter merge --onto int8",
+            )
+        pairs = [adapter.factors[module] for adapter in adapters if module in adapter.factors]
+        name = names[f"{module}.weight"]
+        factors[name + DOWN] = torch.cat([down for down, _ in pairs], dim=1)
+        factors[name + UP] = torch.cat([up for _, up in pairs], dim=0)
+    return factors
+
+
+def _small_files(base: Source, adapters: Sequence[Source], progress: Progress) -> dict[str, bytes]:
+    """What stands beside the weights, chosen as a merge chooses it: tokenizer and template of the adapter first."""
+    directories = [source.directory for source in adapters]
+    files = {
+        "config.json": (base.directory / "config.json").read_bytes(),
+        "generation_config.json": generation_config_bytes(base.directory),
+    }
+    chosen = tokenizer_files(base.directory, directories)
+    files |= {path.name: path.read_bytes() for path in chosen.files}
+    if TOKENIZER_JSON not in files:
+        progress.note(f"{chosen.directory} has no {TOKENIZER_JSON}: it is built from its vocabulary")
+        files[TOKENIZER_JSON] = build_tokenizer_json(chosen.directory)
+    template = choose_template(None, [*directories, base.directory])
+    if template is not None:
+        files["chat_template.jinja"] = template.encode()
+    files["README.md"] = _card(base, adapters).encode()
+    return files
+
+
+def _card(base: Source, adapters: Sequence[Source]) -> str:
+    rows = [(kind, one.id or one.directory.name, licence_of(one.directory)) for kind, one in _parts(base, adapters)]
+    table = "\n".join(f"| {kind} | {name} | {licence} |" for kind, name, licence in rows)
+    return f"""# {rows[0][1]} in 8 bits, with its adapter beside
+
+| part | source | licence |
+|---|---|---|
+{table}
+
+The terms of **all** of these licences apply. Made by Exporter: {FORMULA}.
+"""
+
+
+def _parts(base: Source, adapters: Sequence[Source]) -> list[tuple[str, Source]]:
+    return [("base", base), *(("adapter", one) for one in adapters)]

@@ -10,7 +10,8 @@ from exporter.merging.card import licence_of
 from exporter.merging.changes import AddVector, Change, LowRank, PeftLayer, ReplaceRows, WeightDecomposed
 from exporter.merging.estimate import estimate_merge
 from exporter.merging.merge import plan_sources, refuse_zero_factors
-from exporter.merging.plan import MergePlan, Onto, OutputTensor
+from exporter.merging.output import OutputTensor
+from exporter.merging.plan import MergePlan, Onto
 from exporter.merging.request import MergeOptions
 from exporter.progress import SILENT, Progress
 from exporter.sources.hub import Source, resolve

@@ -12,42 +12,35 @@ from exporter.files import (
     LOCK,
     disk_errors,
     lock_directory,
-    partial_path,
     removed_if_empty,
     require_free_space,
-    sync_directory,
-    write_partial,
 )
-from exporter.manifest import MANIFEST, describe_file, manifest_bytes, read_manifest, stamp, versions
+from exporter.merging.account import merge_section
 from exporter.merging.card import small_files
 from exporter.merging.changes import LowRank
 from exporter.merging.delta import read_factors
-from exporter.merging.journal import FinishedShard, Journal
-from exporter.merging.layout import ShardLayout, Slot, lay_out, unaligned
-from exporter.merging.plan import MergePlan, Onto, OutputTensor, plan_merge
+from exporter.merging.journal import Journal
+from exporter.merging.layout import ShardLayout, Slot, lay_out
+from exporter.merging.output import OutputTensor
+from exporter.merging.plan import MergePlan, Onto, plan_merge
+from exporter.merging.publish import publish_checkpoint, remove_partials
 from exporter.merging.request import (
     STAGE,
     MergeOptions,
     describe_request,
     is_done,
+    readable_manifest,
     refuse_changed_inputs,
     refuse_foreign_directory,
     refuse_inputs_as_output,
 )
 from exporter.merging.shards import write_shards
-from exporter.merging.stream import WrittenTensor
 from exporter.progress import SILENT, Progress
 from exporter.sources.adapter import open_adapter
 from exporter.sources.checkpoint import open_checkpoint
 from exporter.sources.hub import Source, resolve
-from exporter.sources.snapshot import TOKENIZER
 
-FORMULA = "W' = round(W + sum_k weight_k * scale_k * B_k A_k), accumulated in float32, rounded once"
-# Where rounding keeps less of a delta than this share, the user is told.
-SWALLOWED = 0.5
 SPARE = 16 << 20  # free bytes beside the weights, for the small files
-# Files that a loader takes for weights: none of an earlier checkpoint may stand beside the new ones.
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +112,7 @@ def merge_sources(
         if not force and (section := _done(out, request)):
             return MergedCheckpoint(out, plan, section, skipped=True)
         journal = _begin(out, request, force)
-        _remove_partials(out, journal)
+        remove_partials(out, journal)
         needed = sum(layout.size for layout in layouts) - journal.nbytes + SPARE
         require_free_space(out, needed, "the merged checkpoint")
         if journal.is_begun:
@@ -130,13 +123,13 @@ def merge_sources(
             journal.forget()
             raise
         finally:
-            _remove_partials(out, journal)
+            remove_partials(out, journal)
     return MergedCheckpoint(out, plan, section)
 
 
 def _done(out: Path, request: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The manifest's account of this very merge, if `out` holds it."""
-    manifest = _manifest(out)
+    manifest = readable_manifest(out)
     with suppress(OSError):  # an output that cannot be read is not done
         return manifest["stages"][STAGE] if manifest and is_done(out, manifest, request) else None
     return None
@@ -145,22 +138,15 @@ def _done(out: Path, request: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def _begin(out: Path, request: Mapping[str, Any], force: bool) -> Journal:
     """What a merge that was killed left to go on with. UsageError if `out` holds something else."""
     journal = Journal(out, request)
-    refuse_foreign_directory(out, _manifest(out), force or journal.is_begun)
+    refuse_foreign_directory(out, readable_manifest(out), force or journal.is_begun)
     return journal
-
-
-def _manifest(out: Path) -> dict[str, Any] | None:
-    """The manifest of `out`; one that cannot be read is a foreign file like others."""
-    with suppress(InputRefused, OSError):
-        return read_manifest(out)
-    return None
 
 
 def _tidy(out: Path) -> None:
     """Take away what a process that was killed just before its end left beside a finished merge."""
     if (out / LOCK).exists() or any(out.glob(".*.partial")):
         with suppress(ExporterError, OSError), lock_directory(out):
-            _remove_partials(out, None)
+            remove_partials(out, None)
 
 
 def plan_sources(base: Source, adapters: Sequence[Source], options: MergeOptions) -> MergePlan:
@@ -231,112 +217,8 @@ def _write(
     if not any(t.source is not t.base or written[t.name].delta_norm for t in plan.changed):
         raise InputRefused("merging changed no value", expected="a trained adapter", todo="check what was saved")
     check_inputs()
-    section = _section(plan, layouts, request, options, shards, written)
-    _publish(out, shards, small, section, journal)
+    section = merge_section(plan, layouts, request, options, shards, written)
+    publish_checkpoint(out, shards, small, section, journal)
     for name in section["swallowed"]:
         progress.note(f"{name}: rounding to {section['tensors'][name]['dtype']} swallowed more than half of the delta")
     return section
-
-
-def _publish(
-    out: Path,
-    shards: Mapping[str, FinishedShard],
-    small: Mapping[str, bytes],
-    section: dict[str, Any],
-    journal: Journal,
-) -> None:
-    """Old names go, the configuration first; new ones come, the configuration last: no loader takes what is between.
-
-    Everything stands on the disk under partial names before that, the manifest too: the rest is renaming. `section`
-    gets its "files".
-    """
-    for name, data in small.items():
-        write_partial(out / name, data)
-    section["files"] = {name: _describe_shard(_place(out / name), shard) for name, shard in shards.items()}
-    section["files"] |= {name: describe_file(partial_path(out / name)) for name in small}
-    write_partial(out / MANIFEST, manifest_bytes({STAGE: section}))
-    _remove_outputs(out, journal)
-    for name in [*shards, *sorted(small, key=lambda name: name == "config.json"), MANIFEST]:
-        if name == MANIFEST or name == "config.json":
-            sync_directory(out)
-        _place(out / name).replace(out / name)
-    sync_directory(out)
-    journal.forget()
-
-
-def _place(final: Path) -> Path:
-    """Where a file stands before it is renamed; a shard may have its name from a run that was killed."""
-    return partial_path(final) if partial_path(final).exists() else final
-
-
-def _describe_shard(path: Path, shard: FinishedShard) -> dict[str, Any]:
-    return {**stamp(path), "sha256": shard.proof.sha256 if shard.proof else None}
-
-
-def _section(
-    plan: MergePlan,
-    layouts: Sequence[ShardLayout],
-    request: Mapping[str, Any],
-    options: MergeOptions,
-    shards: Mapping[str, FinishedShard],
-    written: Mapping[str, WrittenTensor],
-) -> dict[str, Any]:
-    """The manifest's account: what was read, how it was computed, what came out."""
-    probes = [probe for shard in shards.values() if shard.proof for probe in shard.proof.probes]
-    tensors = {tensor.name: _tensor_entry(tensor, written[tensor.name]) for tensor in plan.tensors}
-    return {
-        "request": dict(request),
-        "formula": FORMULA,
-        "methods": [adapter.method for adapter, _ in plan.adapters],
-        "scales": {t.name: [c.scale for c in t.changes if isinstance(c, LowRank)] for t in plan.changed},
-        "dropped": dict(plan.dropped),
-        "tied": dict(plan.tied),
-        "untied": list(plan.untied),
-        "memory": options.memory,
-        "versions": versions(),
-        "proof": [{"name": p.name, "error": p.error, "allowed": p.allowed, "delta": p.delta} for p in probes],
-        "tensors": tensors,
-        "swallowed": [name for name, entry in tensors.items() if entry.get("kept", 1) < SWALLOWED],
-        "unaligned": unaligned(layouts),
-    }
-
-
-def _tensor_entry(tensor: OutputTensor, written: WrittenTensor) -> dict[str, Any]:
-    """kept: the share of the delta's norm that rounding left, 1 - ||rounding|| / ||delta||, at least 0."""
-    entry: dict[str, Any] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "sha256": written.sha256}
-    if not tensor.is_copied or tensor.source is not tensor.base:
-        entry["source"] = tensor.base.name
-        entry["source_dtype"] = tensor.base.dtype
-        entry["source_sha256"] = written.source_sha256
-    if tensor.source is not tensor.base:
-        entry["replaced_by"] = tensor.source.name
-    if tensor.changes:
-        entry["delta_norm"] = written.delta_norm
-        entry["rounding_norm"] = written.rounding_norm
-        lost = written.rounding_norm / written.delta_norm if written.delta_norm else 0.0
-        entry["kept"] = max(0.0, 1 - lost)
-    return entry
-
-
-def _remove_outputs(out: Path, journal: Journal) -> None:
-    """Take away what an earlier run listed as its output, and every other file that a loader would take.
-
-    The configuration goes first, so that nothing loads any more, and the manifest last: after a kill it still lists.
-    """
-    stages = (_manifest(out) or {"stages": {}})["stages"].values()
-    old = {name for section in stages for name in section.get("files", {})} | TOKENIZER
-    files = [path for path in out.iterdir() if path.is_file() or path.is_symlink()]
-    files = [path for path in files if path.name in old or any(map(path.match, WEIGHTS))]
-    (out / "config.json").unlink(missing_ok=True)
-    sync_directory(out)
-    for path in files:
-        if not journal.keeps(path):
-            path.unlink(missing_ok=True)
-    (out / MANIFEST).unlink(missing_ok=True)
-
-
-def _remove_partials(out: Path, journal: Journal | None) -> None:
-    """What an interrupted run left, but for the shards it had finished."""
-    for path in out.glob(".*.partial"):
-        if path.is_file() and not (journal and journal.keeps(path)):
-            path.unlink(missing_ok=True)

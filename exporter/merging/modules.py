@@ -135,7 +135,8 @@ def _empty_model(directory: Path, config: Mapping[str, Any], untied: bool) -> tr
         OSError,
         RuntimeError,
         ImportError,
-        ZeroDivisionError,
+        ArithmeticError,
+        AssertionError,
     ) as error:
         raise InputRefused(
             f"transformers {transformers.__version__} cannot build {names or config.get('model_type')!r} from "

@@ -15,7 +15,7 @@ from exporter.merging.blocks import BLOCK
 from exporter.merging.changes import LowRank
 from exporter.merging.delta import prepare_int8, read_factors
 from exporter.merging.modules import ModelLayout
-from exporter.merging.plan import OutputTensor
+from exporter.merging.output import OutputTensor
 from exporter.merging.stream import (
     WrittenTensor,
     block_elements,

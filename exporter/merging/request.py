@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from exporter.errors import InputRefused, UsageError
 from exporter.files import LOCK
-from exporter.manifest import file_is_unchanged
+from exporter.manifest import file_is_unchanged, read_manifest
 from exporter.merging.plan import MergePlan, Onto
 from exporter.sources.adapter import CONFIG
 from exporter.sources.hub import Source
@@ -145,3 +146,10 @@ def _stamps(files: Sequence[Path]) -> dict[str, dict[str, int] | None]:
             continue
         stamps[path.name] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "inode": status.st_ino}
     return stamps
+
+
+def readable_manifest(out: Path) -> dict[str, Any] | None:
+    """The manifest of `out`; one that cannot be read is a foreign file like others."""
+    with suppress(InputRefused, OSError):
+        return read_manifest(out)
+    return None

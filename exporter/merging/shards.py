@@ -13,7 +13,8 @@ from exporter.files import partial_path
 from exporter.merging.card import shard_names
 from exporter.merging.journal import FinishedShard, Journal
 from exporter.merging.layout import ShardLayout
-from exporter.merging.plan import MergePlan, OutputTensor
+from exporter.merging.output import OutputTensor
+from exporter.merging.plan import MergePlan
 from exporter.merging.proof import prove_shard
 from exporter.merging.stream import write_shard
 from exporter.progress import SILENT, Progress, Task

@@ -16,7 +16,7 @@ from exporter.merging.changes import LowRank, PeftLayer
 from exporter.merging.delta import BLOCK_ELEMENTS, Update, prepare, prepare_int8, row_blocks
 from exporter.merging.layout import ShardLayout
 from exporter.merging.modules import ModelLayout
-from exporter.merging.plan import OutputTensor
+from exporter.merging.output import OutputTensor
 from exporter.merging.tuners import prepare_peft
 from exporter.progress import Task
 from exporter.sources.tensors import DTYPES, FLOATS, item_size, open_to_read, read_into

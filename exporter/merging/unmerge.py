@@ -17,7 +17,8 @@ from exporter.merging.card import index_bytes, shard_names
 from exporter.merging.changes import AddVector, LowRank
 from exporter.merging.journal import FinishedShard, Journal
 from exporter.merging.layout import Slot, lay_out
-from exporter.merging.plan import MergePlan, OutputTensor, plan_merge, split_shards
+from exporter.merging.output import OutputTensor
+from exporter.merging.plan import MergePlan, plan_merge, split_shards
 from exporter.merging.request import STAGE as MERGE
 from exporter.merging.shards import write_shards
 from exporter.progress import SILENT, Progress

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import IA3Config, get_peft_model
 from safetensors.torch import load_file
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, LlamaConfig
 
 import exporter
 from exporter.errors import InputRefused
@@ -186,3 +186,13 @@ def test_no_tokenizer_anywhere(pair: Pair, tmp_path: Path) -> None:
     for path in pair.base.glob("*token*"):
         path.unlink()
     assert_refused(pair, tmp_path / "out", "no tokenizer")
+
+
+def test_a_configuration_whose_ids_lie_outside_the_vocabulary(tmp_path: Path) -> None:
+    """transformers asserts this while it builds the model: a refusal, not a traceback."""
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=257,
+    )  # fmt: skip
+    pair = make_pair(tmp_path, config, lora=lora_config(target_modules=["q_proj"], fan_in_fan_out=False))
+    edit_json(pair.base / "config.json", pad_token_id=999)
+    assert_refused(pair, tmp_path / "out", "cannot build")

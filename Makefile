@@ -47,8 +47,9 @@ format: setup ## let ruff rewrite the files
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+# make bench-decode ARGS="--sizes demo --contenders exporter"
 bench-%: benchmarks/bench_%.py $(STAMP)
-	$(VENV)/bin/python $<
+	$(VENV)/bin/python $< $(ARGS)
 
 clean: ## remove caches and packages; keep .venv, artifacts/ and build/demo
 	rm -rf .pytest_cache .ruff_cache .hypothesis dist build/lib build/bdist.* *.egg-info

@@ -1,0 +1,54 @@
+"""bench_decode's worker for llama.cpp through llama-cpp-python's C functions. `model` is a GGUF file."""
+
+import ctypes
+
+import llama_cpp  # pyright: ignore[reportMissingImports] (in the peers' environment)
+import numpy as np
+from decode_worker import Job, work
+
+BATCH = 512
+
+
+class Llama:
+    version = llama_cpp.__version__
+
+    def __init__(self, job: Job) -> None:
+        silence = llama_cpp.llama_log_callback(lambda *_: None)
+        llama_cpp.llama_log_set(silence, ctypes.c_void_p(0))
+        self.silence = silence  # llama.cpp keeps the pointer
+        llama_cpp.llama_backend_init()
+        self.model = llama_cpp.llama_model_load_from_file(job.model.encode(), llama_cpp.llama_model_default_params())
+        if not self.model:
+            raise RuntimeError(f"llama.cpp cannot open {job.model}")
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx, options.n_batch, options.n_ubatch = job.context, BATCH, BATCH
+        options.n_threads = options.n_threads_batch = job.threads
+        self.context = llama_cpp.llama_init_from_model(self.model, options)
+        self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        width = llama_cpp.llama_model_n_embd(self.model)
+        positions = 4 * width * llama_cpp.llama_model_n_ctx_train(self.model)
+        self.weight_bytes = llama_cpp.llama_model_size(self.model) - positions
+        self.slot_bytes = 2 * llama_cpp.llama_model_n_layer(self.model) * width * 2  # its cache is float16
+
+    def prefill(self, ids: list[int]) -> int:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), False)
+        for start in range(0, len(ids), BATCH):
+            self._compute(ids[start : start + BATCH])
+        return self._best()
+
+    def decode(self, token: int) -> int:
+        self._compute([token])
+        return self._best()
+
+    def _compute(self, ids: list[int]) -> None:
+        tokens = (llama_cpp.llama_token * len(ids))(*ids)
+        if code := llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(tokens, len(ids))):
+            raise RuntimeError(f"llama_decode gave {code}")
+
+    def _best(self) -> int:
+        logits = llama_cpp.llama_get_logits_ith(self.context, -1)
+        return int(np.argmax(np.ctypeslib.as_array(logits, (self.vocab,))))
+
+
+if __name__ == "__main__":
+    work(Llama)

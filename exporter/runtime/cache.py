@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnxruntime as ort
 
+from exporter.errors import EnvironmentLacking
+from exporter.files import human_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
@@ -36,8 +39,18 @@ class KeyValueCache:
 
     def _allocate(self, capacity: int) -> ort.OrtValue:
         # From zeros, not from a shape alone: that memory would be whatever lay there.
-        dimensions = (self.rows, self.shape.heads, capacity, self.shape.head_size)
-        return ort.OrtValue.ortvalue_from_numpy(np.zeros(dimensions, self.shape.dtype), self.shape.device, 0)
+        return ort.OrtValue.ortvalue_from_numpy(self._zeros(capacity), self.shape.device, 0)
+
+    def _zeros(self, capacity: int) -> np.ndarray:
+        try:
+            return np.zeros((self.rows, self.shape.heads, capacity, self.shape.head_size), self.shape.dtype)
+        except MemoryError as error:
+            self._buffers = []  # some may have grown already: none of them can be used any more
+            raise EnvironmentLacking(
+                f"no memory for a cache of {human_bytes(self.shape.nbytes(self.rows, capacity))}",
+                expected=f"room for {self.rows} rows of {capacity} positions",
+                todo="use fewer rows, or shorter ones",
+            ) from error
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` slots a row, keeping what is filled; at least doubles when it grows."""
@@ -46,7 +59,7 @@ class KeyValueCache:
         capacity = max(capacity, 2 * self.capacity)
         filled = int(self.lengths.max(initial=0))
         for i, old in enumerate(self._buffers):
-            values = np.zeros((self.rows, self.shape.heads, capacity, self.shape.head_size), self.shape.dtype)
+            values = self._zeros(capacity)
             values[:, :, :filled] = old.numpy()[:, :, :filled]
             self._buffers[i] = ort.OrtValue.ortvalue_from_numpy(values, self.shape.device, 0)
         self.capacity = capacity

@@ -1,7 +1,9 @@
 """Separate adapters: no adapter is transformers' base, each adapter is PEFT's unmerged model, in every runtime."""
 
 import json
+import logging
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,17 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2LMHeadModel
 
+import exporter
+from exporter import cli
 from exporter.errors import InputRefused, UsageError
 from exporter.graph import Bundle, dequantized_weights, export
 from exporter.graph.bundle import WEIGHTS
-from exporter.prompts import ALPACA
+from exporter.prompts import ALPACA, render_instruction
 from exporter.runtime.adapters import adapter_names
 from exporter.runtime.generate import prompt_ids
 from exporter.runtime.load import load
+from exporter.runtime.runner import Runner
+from exporter.runtime.text import load_tokenizer
 from tests.graph.conftest import END, TinyModel, save_byte_tokenizer, tiny_model, tokens
 from tests.pairs import as_bin, edit_json
 
@@ -338,6 +344,51 @@ def test_the_float16_graph_of_the_cuda_target_takes_the_same_files(family: Famil
         np.testing.assert_allclose(runner.logits(ids), expected, atol=0.01 * np.abs(expected).max(), rtol=0)
         file = f"{name}.onnx_adapter"
         assert name is None or (tmp_path / file).read_bytes() == (family.bundle.directory / file).read_bytes()
+
+
+def test_the_trained_pair_through_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A real adapter: its logits are PEFT's, and `generate --adapter` answers as PEFT does."""
+    demo, out = Path(exporter.__file__).parent / "demo", tmp_path / "out"
+    arguments = ["export", "--base", demo / "base", "--adapter", f"tales={demo / 'adapter'}", "--adapters", "separate"]
+    call(monkeypatch, *arguments, "--target", "cpu", "--target", "cuda", "--out", out)
+    runner = load(out, target="cpu", provider="cpu", threads=1)
+    prompt = render_instruction(ALPACA, "How do I make apple juice?")
+    ids, answers = runner_ids(runner, prompt), set()
+    for name in (None, "tales"):
+        expected = oracle(demo / "base", demo / "adapter" if name else None, ids)
+        np.testing.assert_allclose(runner.with_adapter(name).logits(ids), expected, atol=TOLERANCE, rtol=0)
+        capsys.readouterr()
+        chosen = ["--adapter", name] if name else []
+        options = ["--max-new-tokens", "24", "--provider", "cpu", "--json"]
+        call(monkeypatch, "generate", out, "--prompt", prompt, *options, *chosen)
+        said = json.loads(capsys.readouterr().out)
+        assert said["adapter"] == name
+        assert said["text"] == greedy(demo / "base", demo / "adapter" if name else None, ids, 24)
+        answers.add(said["text"])
+    assert len(answers) == 2
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["exporter", *map(str, arguments)])
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    logging.disable(logging.NOTSET)
+    assert done.value.code == 0
+
+
+def runner_ids(runner: Runner, prompt: str) -> list[int]:
+    return prompt_ids(runner.bundle.directory, instruction=None, prompt=prompt)
+
+
+def greedy(base: Path, adapter: Path | None, ids: list[int], count: int) -> str:
+    """transformers' or PEFT's greedy continuation as text, up to the end of text."""
+    model: Any = GPT2LMHeadModel.from_pretrained(base, dtype=torch.float32)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter))
+    made = model.eval().generate(input_ids=torch.tensor([ids]), max_new_tokens=count, do_sample=False)
+    return load_tokenizer(base).decode(made[0, len(ids) :].tolist(), skip_special_tokens=True)
 
 
 def test_names_are_unique_and_can_be_given(family: Family, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.errors import ParityFailed, UsageError
+from exporter.errors import EnvironmentLacking, ParityFailed, UsageError
 from exporter.graph import export
 from exporter.runtime.load import load
 from exporter.runtime.runner import Runner
@@ -113,6 +113,18 @@ def test_a_batch_of_no_rows_is_refused(runner: Runner, rows: int) -> None:
     for row in (1, -1):
         with pytest.raises(UsageError, match=f"row {row}"):
             runner.prefill(runner.new_cache(1), row, [1])
+
+
+def test_a_cache_that_no_memory_holds_is_said(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(shape: object, dtype: object) -> np.ndarray:
+        raise MemoryError
+
+    cache = runner.new_cache(1, capacity=4)
+    monkeypatch.setattr("exporter.runtime.cache.np.zeros", no_room)
+    with pytest.raises(
+        EnvironmentLacking, match=r"no memory for a cache of 32\.8 kB\nexpected: room for 1 rows of 32 "
+    ):
+        cache.reserve(32)  # 2 layers of key and value, 4 heads of 16 in float32
 
 
 def test_generation_ends_at_a_stop_token_and_at_the_last_position(runner: Runner) -> None:

@@ -35,6 +35,7 @@ class KeyValueCache:
     def __init__(self, shape: CacheShape, rows: int, capacity: int, adapter: str | None = None) -> None:
         self.shape, self.rows, self.capacity, self.adapter = shape, rows, capacity, adapter
         self.lengths = np.zeros(rows, np.int64)
+        self._whole: tuple[ort.InferenceSession, ort.IOBinding] | None = None
         self._buffers = [self._allocate(capacity) for _ in range(2 * shape.layers)]
 
     def _allocate(self, capacity: int) -> ort.OrtValue:
@@ -58,20 +59,36 @@ class KeyValueCache:
             return
         capacity = max(capacity, 2 * self.capacity)
         filled = int(self.lengths.max(initial=0))
+        self._whole = None  # it holds the buffers that are replaced
         for i, old in enumerate(self._buffers):
             values = self._zeros(capacity)
             values[:, :, :filled] = old.numpy()[:, :, :filled]
             self._buffers[i] = ort.OrtValue.ortvalue_from_numpy(values, self.shape.device, 0)
         self.capacity = capacity
 
-    def bind(self, binding: ort.IOBinding, first: int, count: int) -> None:
-        """Rows `first` to `first + count` as past and, in the same memory, as present."""
+    def binding(self, session: ort.InferenceSession, first: int, count: int) -> ort.IOBinding:
+        """Rows `first` to `first + count` as past and, in the same memory, as present; the caller binds the rest.
+
+        All rows are bound once, for that takes longer than anything else that Python does for a token.
+        """
+        if count < self.rows:
+            return self._bound_rows(session.io_binding(), first, count)
+        if self._whole is None or self._whole[0] is not session:
+            binding = session.io_binding()
+            for past, present, buffer in self._names():
+                binding.bind_ortvalue_input(past, buffer)
+                binding.bind_ortvalue_output(present, buffer)
+            self._whole = (session, binding)
+        return self._whole[1]
+
+    def _bound_rows(self, binding: ort.IOBinding, first: int, count: int) -> ort.IOBinding:
         dimensions = (count, self.shape.heads, self.capacity, self.shape.head_size)
         skip = first * self.shape.row_bytes(self.capacity)
         for past, present, buffer in self._names():
             address = buffer.data_ptr() + skip
             binding.bind_input(past, self.shape.device, 0, self.shape.dtype, dimensions, address)
             binding.bind_output(present, self.shape.device, 0, self.shape.dtype, dimensions, address)
+        return binding
 
     def _names(self) -> Iterator[tuple[str, str, ort.OrtValue]]:
         for i, buffer in enumerate(self._buffers):

@@ -22,7 +22,7 @@ class CopiedCache(KeyValueCache):
     def reserve(self, capacity: int) -> None:
         pass  # it grows with every call
 
-    def bind(self, binding: ort.IOBinding, first: int, count: int) -> None:
+    def binding(self, session: ort.InferenceSession, first: int, count: int) -> ort.IOBinding:
         raise NotImplementedError("a copied cache has no buffer")
 
 

@@ -199,7 +199,7 @@ class Runner:
         self, cache: KeyValueCache, row: int, ids: np.ndarray, positions: np.ndarray, mask: np.ndarray, keep: int
     ) -> np.ndarray:
         """One call over len(ids) rows from `row` on; float32 (B, keep, V). Writes the cache in place."""
-        binding = self._session.io_binding()
+        binding = cache.binding(self._session, row, len(ids))
         feeds = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
         for name, array in feeds.items():
             feeds[name] = np.ascontiguousarray(array)
@@ -210,6 +210,5 @@ class Runner:
         logits = np.empty((len(ids), keep, self.vocab_size), np.float32)
         self._adapter.bind(binding)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        cache.bind(binding, row, len(ids))
         self._session.run_with_iobinding(binding)
         return logits

@@ -1,4 +1,4 @@
-"""All shards of a merge: each is written, read again and proven, and noted in the journal; two at a time."""
+"""All shards of a merge: each is written, read again and proven, and noted in the journal; a few at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -19,8 +19,8 @@ from exporter.merging.proof import prove_shard
 from exporter.merging.stream import write_shard
 from exporter.progress import SILENT, Progress, Task
 
-# Files at once: one file takes one writer, and while one shard waits for its bytes the other computes.
-WORKERS = 2
+# Files at once: one file takes one writer, and while one shard waits for its bytes the others compute.
+WORKERS = 3
 # A signal that comes just before a wait without end is handled only after it.
 POLL_SECONDS = 0.25
 

@@ -23,7 +23,7 @@ from exporter.sources.tensors import DTYPES, FLOATS, item_size, open_to_read, re
 
 # Bytes for each value of a block under way: read, float32 twice, the delta, the output.
 ELEMENT_COST = 24
-MAX_BLOCKS = 64
+MAX_BLOCKS = 32
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +149,8 @@ def _child(job: Mapping[str, Any], shared: _Shared) -> None:
         shared.set(0, PHASES.index("done"))
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else 70
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(code)
@@ -197,7 +200,7 @@ def _watch(shared: _Shared, kill_before: list[Any] | None, write_seconds: float)
     for owner, name, phase in (
         (shards, "write_shard", "writing"),
         (shards, "prove_shard", "proving"),
-        (merge, "_publish", "publishing"),
+        (merge, "publish_checkpoint", "publishing"),
     ):
         setattr(owner, name, in_phase(phase, getattr(owner, name)))
 

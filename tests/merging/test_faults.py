@@ -15,7 +15,7 @@ from exporter.errors import EnvironmentLacking, ExporterError, InputRefused, Usa
 from exporter.files import LOCK, lock_directory
 from exporter.manifest import MANIFEST
 from exporter.merging import merge as merging
-from exporter.merging import shards
+from exporter.merging import publish, shards
 from exporter.merging.journal import JOURNAL
 from tests.merging.test_merge import assert_equals_peft
 from tests.pairs import Pair, edit_json, gpt2_config, make_pair
@@ -140,7 +140,7 @@ def test_small_files_that_do_not_fit_leave_the_old_output(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         path.with_name(f".{path.name}.partial").write_bytes(data)
 
-    monkeypatch.setattr(merging, "write_partial", full)
+    monkeypatch.setattr(publish, "write_partial", full)
     with pytest.raises(EnvironmentLacking, match="No space left"):
         merge(made, out, force=True)
     assert "config.json" in names

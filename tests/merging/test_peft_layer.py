@@ -374,7 +374,7 @@ def test_adalora_keeps_the_ranks_of_the_pattern() -> None:
     ("changes", "message"),
     [
         ({"from_the_future": 1}, "from_the_future"),
-        ({"peft_type": "LORA"}, "LORA"),
+        ({"peft_type": "LORA"}, "rank_dropout"),  # LoHa fields under the name of another method
         ({"peft_type": ["LOHA"]}, "LOHA"),
         ({"peft_type": "FROD"}, "FROD"),
         ({"target_modules": ["k_proj"]}, "does not target"),

@@ -94,6 +94,8 @@ def test_all_linear_layers(tmp_path: Path, architecture: Architecture, by_name: 
     pair = make_random_pair(tmp_path, architecture.model, config, lora, architecture.dtype)
     out = tmp_path / "out"
     touched = assert_merged_as_peft(pair, out, memory=10_000)
+    if architecture.model.startswith("Mixtral") and not transformers.__version__.startswith("4."):
+        pytest.skip("equal to PEFT; transformers 5 loads stacks of experts, whose names test_stored_names.py checks")
 
     adapted = {
         name.removeprefix("base_model.model.").replace(".lora_A", "")

@@ -4,7 +4,6 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,6 +15,7 @@ from exporter.files import publish, require_free_space
 from exporter.graph.quantize import BLOCK, quantize_matrix
 from exporter.graph.weights import SCALES, codes_name
 from exporter.merging.layout import ShardLayout, Slot, lay_out
+from exporter.merging.threads import single_threaded
 from exporter.progress import SILENT, Progress
 from exporter.sources.checkpoint import TensorInfo, read_rows, read_tensor
 from exporter.sources.tensors import DTYPES, FLOATS, NAMES
@@ -101,7 +101,7 @@ def write_weights(
         with (
             partial.open("wb", buffering=0) as file,
             progress.task(f"write {path.name}", total, "B") as task,
-            _single_threaded(),
+            single_threaded(),
             ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
             ThreadPoolExecutor(1) as writer,
         ):
@@ -124,17 +124,6 @@ def write_weights(
     finally:
         partial.unlink(missing_ok=True)
     return digests
-
-
-@contextmanager
-def _single_threaded() -> Iterator[None]:
-    """torch computes in the thread that calls it: the cores are shared out here."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class _Sink:

@@ -11,8 +11,8 @@ from exporter.merging.plan import MergePlan
 from exporter.sources.tensors import item_size, read_bytes
 
 SAMPLE = 16 << 20
-# PEFT's layer holds the module, its delta and temporaries: at most this many times the module in float32.
-PEFT_COPIES = 5
+# The module in float32, and at most eight times as much beside it: see `peft_layer.merge_module`.
+PEFT_COPIES = 9
 # Of the output's bytes, default proof: each is read, hashed and written, then read and hashed again, on two threads.
 PASSES = 2
 

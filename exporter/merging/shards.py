@@ -1,13 +1,10 @@
 """All shards of a merge: each is written, read again and proven, and noted in the journal; a few at a time."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-
-import torch
 
 from exporter.files import partial_path
 from exporter.merging.card import shard_names
@@ -17,6 +14,7 @@ from exporter.merging.output import OutputTensor
 from exporter.merging.plan import MergePlan
 from exporter.merging.proof import prove_shard
 from exporter.merging.stream import write_shard
+from exporter.merging.threads import single_threaded
 from exporter.progress import SILENT, Progress, Task
 
 # Files at once: one file takes one writer, and while one shard waits for its bytes the others compute.
@@ -62,7 +60,7 @@ def write_shards(
             journal.add(name, finished)
             return finished
 
-        with _single_threaded(), ThreadPoolExecutor(WORKERS) as pool:
+        with single_threaded(), ThreadPoolExecutor(WORKERS) as pool:
             try:
                 futures = [pool.submit(make, *one) for one in zip(names, layouts, plan.shards, strict=True)]
                 waiting = set(futures)
@@ -92,14 +90,3 @@ class _Stoppable:
         if self.stopping.is_set():
             raise _Stopped
         self.task.advance(amount)
-
-
-@contextmanager
-def _single_threaded() -> Iterator[None]:
-    """One thread for torch: the stream has threads of its own, and sums do not depend on the number of processors."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

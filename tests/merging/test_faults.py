@@ -196,6 +196,7 @@ def test_what_was_left_half_written_counts_as_free(made: Pair, tmp_path: Path, m
 
     monkeypatch.setattr(shutil, "disk_usage", free)
     merge(made, out)
+    assert_equals_peft(made, out)
 
 
 def append(path: Path) -> None:

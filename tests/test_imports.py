@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "exporter"
 BOTTOM = {"errors", "progress", "files", "manifest", "prompts"}
-FLOW = ["sources", "merging", "graph", "runtime", "parity", "report"]
+FLOW = ["sources", "merging", "graph", "runtime", "serving", "parity", "report"]
 TOP = {
     "spec",
     "inspection",

@@ -1,1 +1,1 @@
-"""Serving bundles: `engine` batches requests continuously over one session; the HTTP on top of it speaks OpenAI's API."""
+"""Serving bundles: `engine` batches requests continuously over one session; HTTP on top speaks OpenAI's API."""

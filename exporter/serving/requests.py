@@ -106,7 +106,7 @@ class EngineStats:
 
 
 class Engine(Protocol):
-    """One session, many streams. `submit` and `stats` may be called from the event loop; nothing here computes there."""
+    """One session, many streams. `submit` and `stats` return at once: computing is the worker's."""
 
     @property
     def n_positions(self) -> int:

@@ -40,7 +40,7 @@ class TruthModels:
     def __init__(self, base: Checkpoint, adapters: Adapters, options: BaseOptions = BaseOptions()) -> None:  # noqa: B008
         require_memory(parameter_count(base) * 4 * 1.15, "the fp32 model that is the truth")
         self._model: Any = attach_adapters(load_base(base.directory, options), adapters)
-        self._names = [f"adapter{i}" for i in range(len(adapters))]
+        self._count = len(adapters)
 
     def truth(self) -> TorchScorer:
         """T: fp32, adapter unmerged."""
@@ -48,14 +48,23 @@ class TruthModels:
 
     def merged(self) -> TorchScorer:
         """M32: PEFT's own merge in fp32. The unmerged model is gone after this."""
-        _part_tied_weights(self._model)
-        return TorchScorer(self._model.merge_and_unload(adapter_names=self._names).eval())
+        return TorchScorer(merge_adapters(self._model, self._count))
 
 
 def base_scorer(base: Checkpoint, options: BaseOptions) -> TorchScorer:
     """B: the base that was merged onto, without the adapter. PEFT's switched-off adapter keeps trained biases on."""
     require_memory(parameter_count(base) * 4 * 1.15, "the base in fp32")
     return TorchScorer(load_base(base.directory, options))
+
+
+def merge_adapters(model: Any, count: int) -> Any:
+    """PEFT's own merge of `count` adapters that `attach_adapters` put on; the unmerged model is gone after this."""
+    _part_tied_weights(model)
+    return model.merge_and_unload(adapter_names=_adapter_names(count)).eval()
+
+
+def _adapter_names(count: int) -> list[str]:
+    return [f"adapter{i}" for i in range(count)]
 
 
 def _part_tied_weights(model: Any) -> None:
@@ -80,7 +89,7 @@ def attach_adapters(model: Any, adapters: Adapters) -> Any:
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    names = [f"adapter{i}" for i in range(len(adapters))]
+    names = _adapter_names(len(adapters))
     try:
         with quiet():
             peft = PeftModel.from_pretrained(model, str(adapters[0][0]), adapter_name=names[0])

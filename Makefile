@@ -8,7 +8,7 @@ TESTS ?= tests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-latest lint format clean
+.PHONY: help setup demo test test-latest faults full-size lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,12 @@ test: setup ## the tests (TESTS=tests/merge for a part)
 
 test-latest: $(LATEST_STAMP) ## the same tests on the newest transformers
 	$(LATEST)/bin/python -m pytest -m "not slow" $(TESTS)
+
+faults: setup ## every fault against every command; the matrix in build/fault-matrix.md
+	$(VENV)/bin/python -m pytest tests/faults
+
+full-size: setup ## every stage at 6.7B, with its figures (ARGS="--size 111M" for less)
+	$(VENV)/bin/python benchmarks/full_size.py $(ARGS)
 
 lint: setup ## ruff and pyright
 	$(VENV)/bin/ruff check .

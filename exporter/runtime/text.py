@@ -36,6 +36,11 @@ class TextStream:
         self._stops = [stop for stop in stop_strings if stop]
         self.stopped = False
 
+    @property
+    def decoded(self) -> int:
+        """Characters that the tokens have made so far, those included that are held back."""
+        return len(self._decoded)
+
     def push(self, id: int) -> str:
         if self.stopped:
             return ""

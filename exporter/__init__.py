@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from exporter.diagnosis import doctor as doctor
     from exporter.graph.export import export as export
     from exporter.inspection import inspect as inspect
+    from exporter.manifest_check import verify_manifest as verify_manifest
     from exporter.merging.merge import merge as merge
     from exporter.merging.unmerge import unmerge as unmerge
     from exporter.parity.capture import capture as capture
@@ -33,6 +34,7 @@ FUNCTIONS = {
     "run": "exporter.pipeline",
     "unmerge": "exporter.merging.unmerge",
     "verify": "exporter.verification",
+    "verify_manifest": "exporter.manifest_check",
 }
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "run",
     "unmerge",
     "verify",
+    "verify_manifest",
 ]
 __version__ = version("exporter")
 

@@ -396,6 +396,18 @@ def generate(
     _finish(result, json, (lambda generated: "") if on_text else (lambda generated: generated.text))
 
 
+@app.command(epilog="`exporter verify-manifest artifacts/demo`")
+def verify_manifest(
+    directory: Annotated[Path, typer.Argument(help="A merged checkpoint, a bundle, or a directory of them.")],
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Hash again every file and tensor that a directory's manifests list: 0 if all are as written, else 4."""
+    progress = _start(quiet, verbose)
+    _finish(exporter.verify_manifest(directory, progress=progress), json, presentation.manifest_check)
+
+
 @app.command(epilog="`exporter doctor --json`")
 def doctor(json: JsonOption = False, quiet: QuietOption = False, verbose: VerboseOption = False) -> None:
     """Try what `run` needs: providers, 8-bit layers, memory, disk, the hub."""

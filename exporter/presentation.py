@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from exporter.diagnosis import Diagnosis
     from exporter.graph.bundle import Bundle
     from exporter.inspection import Inspection
+    from exporter.manifest_check import ManifestCheck
     from exporter.merging.merge import MergedCheckpoint
     from exporter.merging.unmerge import UnmergedCheckpoint
     from exporter.parity.capture import Captured
@@ -146,4 +147,18 @@ def diagnosis(found: "Diagnosis") -> str:
         if not check.ok:
             needed = f"needed by {', '.join(check.needed_by)}. " if check.needed_by else ""
             lines.append(f"     {needed}{check.todo}")
+    return "\n".join(lines)
+
+
+def manifest_check(found: "ManifestCheck") -> str:
+    lines = [f"missing   {name}" for name in found.missing]
+    lines += [f"changed   {name}" for name in found.changed]
+    lines += [f"unhashed  {name}: its stage noted no hash, its size is right" for name in found.unhashed]
+    lines += [f"unlisted  {name}: no stage wrote it" for name in found.extra]
+    lines.append(
+        f"{found.files} files and {found.tensors} tensors, {human_bytes(found.nbytes)}, are as "
+        f"{found.manifests} manifest{'s' * (found.manifests != 1)} list{'s' * (found.manifests == 1)} them"
+    )
+    if found.exit_code:
+        lines.append("REFUSED: make what is missing or changed again")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ FLOW = ["sources", "merging", "graph", "runtime", "serving", "parity", "report"]
 TOP = {
     "spec",
     "inspection",
+    "manifest_check",
     "verification",
     "pipeline",
     "demonstration",

@@ -11,6 +11,7 @@ from exporter.errors import InputRefused
 from exporter.graph.weights import WEIGHTS, Weight, float_values, open_weights
 from exporter.manifest import describe_file, read_manifest, stamp
 from exporter.sources.checkpoint import open_checkpoint
+from exporter.sources.own_files import require_own_files
 
 GRAPHS = {"cpu": "model.onnx", "cuda": "model_cuda.onnx"}
 STAGE = "export-"
@@ -46,6 +47,8 @@ def bundle_name(precision: str, target: str) -> str:
 
 def bundles_in(directory: Path) -> list[Bundle]:
     """The bundles that a directory's manifest lists, cpu first. InputRefused for a malformed manifest."""
+    if directory.is_dir():
+        require_own_files(directory)
     manifest = read_manifest(directory) if directory.is_dir() else None
     found = []
     for stage, section in sorted((manifest or {"stages": {}})["stages"].items()):

@@ -14,6 +14,7 @@ from exporter.graph.weights import Quantized, Weight, dequantize, open_weights, 
 from exporter.manifest import MANIFEST, read_manifest
 from exporter.parity.int8_base import Onto
 from exporter.progress import SILENT, Progress
+from exporter.sources.own_files import require_own_files
 from exporter.sources.tensors import FLOATS, TensorInfo, read_tensor
 
 GRAPHS = ("model.onnx", "model_cuda.onnx")
@@ -49,6 +50,7 @@ def open_bundle(directory: Path, progress: Progress = SILENT) -> Bundle:
     """
     if not directory.is_dir():
         raise InputRefused(f"{directory} is not a directory", expected="a bundle made by `exporter export`")
+    require_own_files(directory)
     graphs = [directory / name for name in GRAPHS if (directory / name).is_file()]
     if not graphs:
         raise InputRefused(

@@ -7,6 +7,7 @@ from typing import Any
 
 from exporter.errors import InputRefused
 from exporter.sources.checkpoint import read_headers, read_json
+from exporter.sources.own_files import require_own_files
 from exporter.sources.patterns import check_patterns
 from exporter.sources.tensors import TensorInfo
 
@@ -63,6 +64,7 @@ def open_adapter(directory: Path) -> Adapter:
     """Read the configuration and the header; InputRefused names what is missing, unknown or malformed."""
     if not directory.is_dir():
         raise InputRefused(f"{directory} is not a directory", expected="a PEFT adapter directory")
+    require_own_files(directory)
     config = read_json(directory / CONFIG)
     method = config.get("peft_type")
     if not isinstance(method, str):

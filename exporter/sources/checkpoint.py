@@ -9,6 +9,7 @@ from typing import Any
 from exporter.errors import InputRefused
 from exporter.sources import safetensors_file, torch_file
 from exporter.sources.json_text import parse_json
+from exporter.sources.own_files import require_own_files
 from exporter.sources.tensors import TensorInfo, read_rows, read_tensor
 
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint", "read_json", "read_rows", "read_tensor", "weight_files"]
@@ -75,6 +76,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     """Read the configuration and every header. Raises InputRefused; no weight is read."""
     if not directory.is_dir():
         raise InputRefused(f"{directory} is not a directory", expected="a transformers model directory")
+    require_own_files(directory)
     config = read_json(directory / "config.json")
     files = weight_files(directory)
     tensors: dict[str, TensorInfo] = {}

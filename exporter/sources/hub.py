@@ -28,6 +28,7 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 from exporter.errors import EnvironmentLacking, ExporterError, InputRefused, UsageError
 from exporter.files import human_bytes, nearest_existing
 from exporter.progress import SILENT, Progress, Task
+from exporter.sources.own_files import require_own_files
 from exporter.sources.snapshot import COMMIT, Kind, cached_snapshot, choose_files
 
 HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@\s]+))?")
@@ -97,6 +98,7 @@ def _parse_id(source: str) -> tuple[str, str | None]:
 def _directory(path: Path, revision: str | None) -> Source:
     if not path.is_dir():
         raise InputRefused(f"{path} is a file", expected="a directory with a config and weights")
+    require_own_files(path)
     if revision is not None:
         raise UsageError(
             f"{path} is a directory, and it has no revision {revision}",

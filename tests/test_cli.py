@@ -77,7 +77,7 @@ def test_offline_with_a_hub_id_is_5(tmp_path: Path) -> None:
 
 def test_every_command_has_help_with_an_example() -> None:
     listing = call("--help").stdout
-    for name in set(FUNCTIONS) - {"load"}:
+    for name in (name.replace("_", "-") for name in set(FUNCTIONS) - {"load"}):
         assert name in listing
         assert "exporter " + name in " ".join(call(name, "--help").stdout.split())
 

@@ -235,13 +235,14 @@ def test_two_targets_share_genai_config_and_every_listed_hash_holds(tmp_path: Pa
 
 def test_linked_weights_are_not_pointed_into(tmp_path: Path) -> None:
     """A hub cache holds links, and ONNX's external data may not be one."""
-    model = tiny_model(tmp_path / "cache")
-    (tmp_path / "blob").write_bytes((tmp_path / "cache" / "model.safetensors").read_bytes())
-    (tmp_path / "cache" / "model.safetensors").unlink()
-    (tmp_path / "cache" / "model.safetensors").symlink_to(tmp_path / "blob")
+    snapshot = tmp_path / "cache/snapshots/c0ffee"
+    model = tiny_model(snapshot)
+    (tmp_path / "cache/blobs").mkdir()
+    (snapshot / "model.safetensors").rename(tmp_path / "cache/blobs/blob")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/blob")
     with pytest.raises(InputRefused, match="--out"):
-        export(tmp_path / "cache")
-    bundle = export(tmp_path / "cache", out=tmp_path)[0]
+        export(snapshot)
+    bundle = export(snapshot, out=tmp_path)[0]
     onnx.checker.check_model(bundle.graph, full_check=True)
     for name, value in dequantized_weights(bundle):
         assert torch.equal(value, model.model.state_dict()[name])

@@ -342,13 +342,15 @@ def test_names_with_spaces_and_of_other_scripts(tmp_path: Path, wanted: dict[str
 
 
 def test_inputs_that_are_links(made: Pair, tmp_path: Path, wanted: dict[str, bytes]) -> None:
-    """As huggingface_hub's cache has them: links to files elsewhere, in a directory that is a link too."""
+    """As huggingface_hub's cache has them: links to the blobs beside the snapshot, which is reached by a link too."""
     for name, directory in (("base", made.base), ("adapter", made.adapter)):
-        (tmp_path / "real" / name).mkdir(parents=True)
-        for path in directory.iterdir():
-            (tmp_path / "real" / name / path.name).symlink_to(path)
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    merge(Pair(tmp_path / "link/base", tmp_path / "link/adapter"), tmp_path / "out")
+        snapshot, blobs = tmp_path / name / "snapshots/c0ffee", tmp_path / name / "blobs"
+        snapshot.mkdir(parents=True)
+        shutil.copytree(directory, blobs)
+        for path in blobs.iterdir():
+            (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+        (tmp_path / f"{name}-link").symlink_to(snapshot)
+    merge(Pair(tmp_path / "base-link", tmp_path / "adapter-link"), tmp_path / "out")
     assert weights_of(tmp_path / "out") == wanted
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 

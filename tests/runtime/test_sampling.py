@@ -1,5 +1,6 @@
 """Sampling keeps what transformers' logits processors keep."""
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers import (
 )
 
 from exporter.errors import ParityFailed, UsageError
-from exporter.runtime.sampling import GREEDY, Sampling, next_token, penalize, probabilities
+from exporter.runtime.sampling import GREEDY, Sampling, next_token, penalize, probabilities, subtract
 
 
 def random_logits(seed: int, size: int = 50) -> np.ndarray:
@@ -61,6 +62,21 @@ def test_no_setting_that_is_accepted_breaks_a_draw(
     assert probabilities(penalize(logits, [0, 3], penalty), sampling).sum() == pytest.approx(1)
 
 
+@pytest.mark.parametrize(("presence", "frequency"), [(1.5, 0.0), (0.0, 0.7), (-0.5, 2.0)])
+def test_presence_and_frequency_penalties_are_openais(presence: float, frequency: float) -> None:
+    """mu[j] - c[j] * frequency - float(c[j] > 0) * presence, c counting what was sampled and not the prompt."""
+    logits, prompt, sampled = random_logits(2), [3, 3, 8], [5, 9, 5, 3, 5]
+    counts = Counter(sampled)
+    expected = np.array([mu - counts[j] * frequency - float(counts[j] > 0) * presence for j, mu in enumerate(logits)])
+    sampling = Sampling(presence_penalty=presence, frequency_penalty=frequency)
+    np.testing.assert_allclose(subtract(logits, sampled, sampling), expected, rtol=1e-6)
+    logits[5] = logits.max() + 0.1 + min(0.0, 3 * frequency + presence)
+    penalized = subtract(logits, sampled, sampling).argmax()
+    generator = np.random.default_rng()
+    assert next_token(logits, prompt + sampled, sampling, generator, prompt=3) == penalized
+    assert next_token(logits, prompt, sampling, generator, prompt=3) == logits.argmax()
+
+
 def test_draws_follow_the_probabilities() -> None:
     logits, sampling = random_logits(3, 6), Sampling(temperature=2.0)
     generator = np.random.default_rng(0)
@@ -91,6 +107,8 @@ def test_a_logit_that_is_not_finite_is_never_sampled_over(value: float) -> None:
         {"repetition_penalty": 1e-300},
         {"temperature": float("nan")},
         {"seed": -1},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": float("nan")},
     ],
 )
 def test_settings_without_a_meaning_are_refused(options: dict[str, Any]) -> None:

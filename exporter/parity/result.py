@@ -69,6 +69,67 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
+class Layer:
+    """One part of the model, in the order in which it runs. What was not measured is None.
+
+    local: the truth's input given to this part alone, squared error over the square of what the part adds.
+    accumulated: the bundle's weights from the first part to here, squared error over the square of the truth's state.
+    swap: the share of KL(T||F) that goes away when this part alone is the truth's; negative where the part's error
+    cancels another's. graph: as `local`, of the graph against the model with the same weights, on the graph's input.
+    """
+
+    part: str  # "embeddings", "block 0", ..., "head"
+    local: float | None
+    accumulated: float | None
+    swap: float | None
+    graph: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a bundle's error comes from: the stage, and the parts and tensors in which it stands, the worst first."""
+
+    stage: Literal["merge", "rounding", "quantization", "graph"]
+    parts: tuple[str, ...]
+    tensors: tuple[str, ...]
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class CodesError:
+    """q = W - W_int8 of one adapted weight: ||q|| / ||delta||, and ||q|| / ||W||."""
+
+    tensor: str
+    to_delta: float | None
+    to_weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class MergeBase:
+    """A merge onto the base's own weights ("original") or onto what its int8 codes mean ("int8").
+
+    Mean KL over all tokens with its one-sided bounds: KL(R||M) to the 8-bit reference, KL(T||M) to the fp32 truth over
+    the base's own weights.
+    """
+
+    onto: Literal["original", "int8"]
+    to_reference: float | None
+    to_reference_lower: float | None
+    to_reference_upper: float | None
+    to_truth: float | None
+    to_truth_lower: float | None
+    to_truth_upper: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class MergeBases:
+    """Which base to merge onto. bases is empty where the level was too small to score both."""
+
+    bases: tuple[MergeBase, ...]
+    tensors: tuple[CodesError, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PositionKL:
     """Mean KL of the scored tokens at positions start..stop-1."""
 
@@ -131,6 +192,8 @@ class BundleResult:
     by_position: tuple[PositionKL, ...]
     worst: tuple[WorstToken, ...]
     notes: tuple[str, ...]
+    layers: tuple[Layer, ...] = ()
+    origin: Origin | None = None  # None where nothing is wrong
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +229,7 @@ class Verification:
     environment: dict[str, str]
     bundles: tuple[BundleResult, ...]
     notes: tuple[str, ...]
+    merge_bases: MergeBases | None = None
 
     @property
     def exit_code(self) -> int:

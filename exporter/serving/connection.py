@@ -1,0 +1,52 @@
+"""uvicorn's HTTP/1.1 connection, less patient: with who sends no request, and with who does not read the answer."""
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from exporter.serving.service import Limits
+
+
+class Connection(H11Protocol):
+    """uvicorn itself bounds only the time between two requests (timeout_keep_alive)."""
+
+    limits = Limits()
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._head: asyncio.TimerHandle | None = None
+        self._stalled: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().connection_made(transport)
+        self._head = self.loop.call_later(self.limits.read, transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:  # a request's head is there
+            self._head = _stop(self._head)
+        elif self._head is None:
+            self._head = self.loop.call_later(self.limits.read, self.transport.abort)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self.loop.call_later(self.limits.write, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stalled = _stop(self._stalled)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head, self._stalled = _stop(self._head), _stop(self._stalled)
+        super().connection_lost(exc)
+
+
+def _stop(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
+
+
+def impatient(limits: Limits) -> type[Connection]:
+    """uvicorn makes connections from a class: one for these limits."""
+    return type("Connection", (Connection,), {"limits": limits})

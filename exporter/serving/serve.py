@@ -1,0 +1,138 @@
+"""`exporter serve`: bundles behind OpenAI's API."""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from exporter.errors import UsageError
+from exporter.runtime.load import load
+from exporter.serving.logs import JsonLog
+from exporter.serving.metrics import Metrics
+from exporter.serving.models import Model, by_name, models_of, split_name
+from exporter.serving.requests import Engine
+from exporter.serving.server import Server, address_of, is_loopback, listen
+from exporter.serving.service import Limits, Service
+
+API_KEY = "EXPORTER_API_KEY"
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A server that takes requests at `url`. models: their names and what /v1/models says of them."""
+
+    url: str
+    models: tuple[dict[str, Any], ...]
+    api_key: bool
+    pid: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A server that has ended: 143 after SIGTERM, 130 after SIGINT."""
+
+    url: str
+    exit_code: int
+
+
+def serve(
+    bundle: str | Path | Sequence[str | Path],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    provider: str | None = None,
+    threads: int | None = None,
+    slots: int = 8,
+    queue: int = 64,
+    api_key_file: str | Path | None = None,
+    limits: Limits = Limits(),  # noqa: B008 (frozen)
+    drain_timeout: float = 30.0,
+    log: TextIO | None = None,
+    quiet: bool = False,
+    log_prompts: bool = False,
+    on_ready: Callable[[Ready], object] | None = None,
+) -> Ended:
+    """Serve bundles, each DIR or NAME=DIR, until SIGTERM or SIGINT; accepted requests are finished before the end.
+
+    slots: streams of a bundle that are computed at once. queue: streams that may wait for one. The API key is the
+    content of `api_key_file`, else of EXPORTER_API_KEY, else there is none. log: where JSON lines go, default stderr.
+    Raises UsageError, InputRefused (a bundle), EnvironmentLacking (port, memory, provider).
+    """
+    given = [bundle] if isinstance(bundle, str | Path) else list(bundle)
+    if not given:
+        raise UsageError("no bundle to serve", expected="at least one directory")
+    key = read_api_key(api_key_file)
+    names = [split_name(one) for one in given]
+    bound = listen(host, port)
+    engines: dict[str, Engine] = {}
+    try:
+        models = []
+        for name, directory in names:
+            opened = _open(name, directory, provider, threads, slots, queue)
+            engines.setdefault(name, opened[0].engine)
+            models += opened
+        known = by_name(models)
+        output = JsonLog(sys.stderr if log is None else log, quiet)
+        service = Service(known, engines, Metrics(engines), output, limits, key, log_prompts)
+        for engine in engines.values():
+            engine.start()
+        return asyncio.run(_serve(service, bound, drain_timeout, on_ready))
+    finally:
+        bound.close()
+        for engine in engines.values():
+            engine.stop()
+
+
+async def _serve(
+    service: Service, bound: socket.socket, drain: float, on_ready: Callable[[Ready], object] | None
+) -> Ended:
+    url = address_of(bound)
+    described = tuple(model.to_dict() for model in service.models.values())
+
+    def started() -> None:
+        if not is_loopback(bound) and service.api_key is None:
+            service.log.write(
+                "warning", "open", url=url, message=f"anyone who reaches this address may use it: set {API_KEY}"
+            )
+        service.log.write("info", "ready", url=url, models=list(service.models), api_key=service.api_key is not None)
+        if on_ready is not None:
+            on_ready(Ready(url, described, service.api_key is not None, os.getpid()))
+
+    server = Server(service, bound, drain=drain, on_started=started)
+    await server.run_until_stopped()
+    return Ended(url, EXIT_CODES.get(signal.Signals(server.signal), 0) if server.signal else 0)
+
+
+def _open(name: str, directory: Path, provider: str | None, threads: int | None, slots: int, queue: int) -> list[Model]:
+    from exporter.serving.engine import BatchingEngine
+
+    runner = load(directory, provider=provider, threads=threads)
+    engine = BatchingEngine(runner, slots=slots, queue=queue)
+    return models_of(name, engine, runner.bundle, runner.provider)
+
+
+def read_api_key(file: str | Path | None) -> str | None:
+    """UsageError for a key that no header can carry, or a file that cannot be read."""
+    if file is None:
+        text, source = os.environ.get(API_KEY), API_KEY
+    else:
+        source = str(file)
+        try:
+            text = Path(file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"the API key's file cannot be read: {error}", expected="one line of text") from error
+    if text is None:
+        return None
+    key = text.strip()
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise UsageError(f"{source} holds no usable API key", expected="one line of printable ASCII without spaces")
+    return key

@@ -1,18 +1,12 @@
 """Prompts: chat templates as data, rendered in a sandbox exactly as transformers renders them."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from exporter.errors import InputRefused
+from exporter.templates import RenderError, render_apart, render_here
 
 # The card's prompt. Every newline of the output stands in a string literal and every tag eats the white space around
 # it, so the bytes do not depend on an engine's trim settings (Jinja drops a template's final newline; genai's engine
@@ -59,44 +53,6 @@ TEMPLATES: Mapping[str, str] = {"alpaca": ALPACA}
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-class _Generation(Extension):
-    """`{% generation %}` marks an answer for training masks; a prompt renders what is inside it."""
-
-    tags = {"generation"}  # noqa: RUF012 (Jinja's own class attribute)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """As transformers builds it (utils/chat_template_utils.py), in a sandbox: a template is untrusted."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    helpers: dict[str, Callable[[str], object]] = {
-        "raise_exception": _raise_exception,
-        "strftime_now": lambda pattern: datetime.now().strftime(pattern),
-    }
-    environment.globals.update(helpers)
-    return environment
-
-
 def render_chat(
     template: str,
     messages: Sequence[Mapping[str, Any]],
@@ -108,17 +64,19 @@ def render_chat(
 
     `special_tokens` are the names a template may use (`bos_token`, ...; see `special_tokens`). The text already holds
     every special token: encode it with `add_special_tokens=False`. InputRefused if the template is malformed, does
-    something that the sandbox forbids, or refuses the messages.
+    something that the sandbox forbids, takes too much time or memory, or refuses the messages.
     """
     if not messages:
         raise InputRefused("the chat has no message", expected="at least one message with the role user")
+    variables = {
+        "messages": list(messages),
+        "add_generation_prompt": add_generation_prompt,
+        **(special_tokens or {}),
+    }
+    render = render_here if template in TEMPLATES.values() else render_apart
     try:
-        return (
-            _environment()
-            .from_string(template)
-            .render(messages=messages, add_generation_prompt=add_generation_prompt, **(special_tokens or {}))
-        )
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as error:
+        return render(template, variables)
+    except RenderError as error:
         raise InputRefused(
             f"the chat template refuses these messages: {error}",
             expected="messages that the template can render",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "exporter"
-BOTTOM = {"errors", "progress", "files", "manifest", "prompts"}
+BOTTOM = {"errors", "progress", "files", "manifest", "prompts", "templates"}
 FLOW = ["sources", "merging", "graph", "runtime", "serving", "parity", "report"]
 TOP = {
     "spec",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from exporter.pipeline import run as run
     from exporter.runtime.generate import generate as generate
     from exporter.runtime.load import load as load
+    from exporter.serving.serve import serve as serve
     from exporter.verification import verify as verify
 
 FUNCTIONS = {
@@ -32,6 +33,7 @@ FUNCTIONS = {
     "load": "exporter.runtime.load",
     "merge": "exporter.merging.merge",
     "run": "exporter.pipeline",
+    "serve": "exporter.serving.serve",
     "unmerge": "exporter.merging.unmerge",
     "verify": "exporter.verification",
     "verify_manifest": "exporter.manifest_check",
@@ -48,6 +50,7 @@ __all__ = [
     "load",
     "merge",
     "run",
+    "serve",
     "unmerge",
     "verify",
     "verify_manifest",

@@ -118,7 +118,7 @@ def _start(quiet: bool, verbose: bool) -> Progress:
 
 def _finish(result: Any, as_json: bool, text: Callable[[Any], str]) -> None:
     """Print the result on stdout and exit with the code it carries."""
-    print(json.dumps(result.to_dict(), indent=2, ensure_ascii=False) if as_json else text(result))
+    print(json.dumps(result.to_dict(), indent=2, ensure_ascii=False) if as_json else text(result), flush=True)
     code = getattr(result, "exit_code", 0)
     if code:
         raise typer.Exit(code)
@@ -406,6 +406,50 @@ def verify_manifest(
     """Hash again every file and tensor that a directory's manifests list: 0 if all are as written, else 4."""
     progress = _start(quiet, verbose)
     _finish(exporter.verify_manifest(directory, progress=progress), json, presentation.manifest_check)
+
+
+@app.command(epilog="`exporter serve artifacts/demo --port 8000`")
+def serve(
+    bundle: Annotated[
+        list[str],
+        typer.Argument(help="DIR or NAME=DIR: a directory with a graph, or one that holds such directories."),
+    ],
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and says which.")] = 8000,
+    slots: Annotated[int, typer.Option(min=1, help="Streams of a bundle that are computed at once.")] = 16,
+    queue: Annotated[int, typer.Option(min=1, help="Streams of a bundle that may wait.")] = 64,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="A file with the key that requests must carry; else EXPORTER_API_KEY.")
+    ] = None,
+    max_body: Annotated[str, typer.Option(help="The largest request, in decimal units.")] = "1MB",
+    request_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds after which an answer ends.")] = 600,
+    drain_timeout: Annotated[float, typer.Option(min=0, help="Seconds for accepted requests after SIGTERM.")] = 30,
+    log_prompts: Annotated[bool, typer.Option(help="Prompts go into the log.")] = False,
+    provider: Annotated[str | None, typer.Option(help="CPUExecutionProvider or CUDAExecutionProvider.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of onnxruntime; default: every core.")] = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Serve bundles over HTTP as OpenAI's API does, many requests at once. Logs go to stderr as JSON lines."""
+    _start(quiet, verbose)
+    ended = exporter.serve(
+        bundle,
+        host=host,
+        port=port,
+        slots=slots,
+        queue=queue,
+        api_key_file=api_key_file,
+        max_body=_size(max_body),
+        request_timeout=request_timeout,
+        drain_timeout=drain_timeout,
+        log_prompts=log_prompts,
+        quiet=quiet,
+        provider=provider,
+        threads=threads,
+        on_ready=lambda ready: _finish(ready, json, presentation.ready),
+    )
+    raise typer.Exit(ended.exit_code)
 
 
 @app.command(epilog="`exporter doctor --json`")

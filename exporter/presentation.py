@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from exporter.parity.capture import Captured
     from exporter.parity.result import Verification
     from exporter.pipeline import RunResult
+    from exporter.serving.serve import Ready
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +138,11 @@ def run(result: "RunResult") -> str:
     lines.append(f"report                 {directory / 'parity' / 'report.html'}")
     lines.append(result.verdict)
     return "\n".join(lines)
+
+
+def ready(server: "Ready") -> str:
+    models = [f"model     {model['id']} ({model['precision']}, {model['provider']})" for model in server.models]
+    return "\n".join([*models, f"ready     {server.url}"])
 
 
 def diagnosis(found: "Diagnosis") -> str:

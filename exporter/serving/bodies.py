@@ -91,6 +91,12 @@ class CompletionBody(Generation):
     best_of: None = None
     suffix: None = None
 
+    @model_validator(mode="after")
+    def _something_to_compute(self) -> Self:
+        if self.max_tokens == 0 and not (self.echo and self.logprobs is not None):
+            raise Failure(400, "max_tokens 0 goes with echo and logprobs", "invalid_value", "max_tokens")
+        return self
+
 
 class TextPart(Body):
     type: Literal["text"]

@@ -51,10 +51,11 @@ def serve(
     port: int = 8000,
     provider: str | None = None,
     threads: int | None = None,
-    slots: int = 8,
+    slots: int = 16,
     queue: int = 64,
     api_key_file: str | Path | None = None,
-    limits: Limits = Limits(),  # noqa: B008 (frozen)
+    max_body: int = 1_000_000,
+    request_timeout: float = 600.0,
     drain_timeout: float = 30.0,
     log: TextIO | None = None,
     quiet: bool = False,
@@ -64,7 +65,8 @@ def serve(
     """Serve bundles, each DIR or NAME=DIR, until SIGTERM or SIGINT; accepted requests are finished before the end.
 
     slots: streams of a bundle that are computed at once. queue: streams that may wait for one. The API key is the
-    content of `api_key_file`, else of EXPORTER_API_KEY, else there is none. log: where JSON lines go, default stderr.
+    content of `api_key_file`, else of EXPORTER_API_KEY, else there is none. max_body: bytes of a request.
+    request_timeout, drain_timeout: seconds. log: where JSON lines go, default stderr. on_ready: called once.
     Raises UsageError, InputRefused (a bundle), EnvironmentLacking (port, memory, provider).
     """
     given = [bundle] if isinstance(bundle, str | Path) else list(bundle)
@@ -82,6 +84,8 @@ def serve(
             models += opened
         known = by_name(models)
         output = JsonLog(sys.stderr if log is None else log, quiet)
+        # A request for more texts than the queue holds could never be taken.
+        limits = Limits(body=max_body, choices=min(Limits().choices, queue), request=request_timeout)
         service = Service(known, engines, Metrics(engines), output, limits, key, log_prompts)
         for engine in engines.values():
             engine.start()

@@ -23,14 +23,14 @@ from exporter.serving.requests import Engine, Request
 class Limits:
     """body: bytes of a request. choices: texts that one request may ask for, prompts times n.
 
-    Seconds: read for a body, write for a reader that takes nothing, request for the whole answer (None: no limit).
+    Seconds: read for a body, write for a reader that takes nothing, request for the whole answer
     """
 
     body: int = 1_000_000
     choices: int = 64
     read: float = 30.0
     write: float = 60.0
-    request: float | None = 600.0
+    request: float = 600.0
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Service:
         facts.prompts = [prompt.text for prompt in prompts] if self.log_prompts else None
         limits = [_new_tokens(model, prompt, max_new_tokens) for prompt in prompts]
         first_seed = secrets.randbits(62) if body.seed is None else body.seed % (1 << 63)
-        deadline = None if self.limits.request is None else time.monotonic() + self.limits.request
+        deadline = time.monotonic() + self.limits.request
         choices: list[Choice] = []
         try:
             for prompt, limit in zip(prompts, limits, strict=True):

@@ -1,9 +1,10 @@
 """Numbers as a reader wants them, the same in every report."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from exporter.parity.result import BundleResult, GateResult
+from exporter.parity.result import BundleResult, GateResult, Verification
 
 NAMES = {
     "T": "fp32, unmerged (truth)",
@@ -41,6 +42,7 @@ STATISTICS = {
     "equal": "equal logits where they must differ",
 }
 
+EXACT = ("finite", "evidence.count", "evidence.distinct")  # counted, not listed, where they passed
 STEPS = {"T -> M32": "merging", "M32 -> F": "storing the weights", "F -> O": "the graph"}
 MAIN = ("weights.projection", "graph.max", "graph.kl", "quality.kl", "reference.excess", "cache.kl", "liveness.gain")
 
@@ -49,13 +51,34 @@ def figure(value: float | None) -> str:
     """Three significant digits; a dash where there is no number."""
     if value is None:
         return "–"
-    if value == 0:
-        return "0"
-    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 else f"{value:.2e}".replace("e-0", "e-").replace("e+0", "e")
+    return re.sub(r"e\+?(-?)0*", r"e\1", f"{value:.3g}")
 
 
-def bundle_name(bundle: BundleResult) -> str:
-    return f"{Path(bundle.directory).name} ({bundle.format}, {bundle.target})"
+def source_name(source: str) -> str:
+    """The last part of a path; for a directory in the hub's cache, owner/name. A weight behind it stays."""
+    path, x, weight = source.partition(" x ")
+    hub = next((part for part in Path(path).parts if part.startswith("models--")), None)
+    return (hub.removeprefix("models--").replace("--", "/") if hub else Path(path).name or path) + x + weight
+
+
+def bundle_names(bundles: Sequence[BundleResult]) -> list[str]:
+    """A name for each bundle, as short as tells them apart: the end of its path, its format and target."""
+    deepest = max((len(Path(bundle.directory).parts) for bundle in bundles), default=0)
+    names: list[str] = []
+    for depth in range(1, deepest + 1):
+        names = [
+            f"{'/'.join(Path(bundle.directory).parts[-depth:])} ({bundle.format}, {bundle.target})"
+            for bundle in bundles
+        ]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name} #{i}" for i, name in enumerate(names, start=1)]
+
+
+def recorded(bundle: BundleResult, pair: str, statistic: str) -> float | None:
+    """A figure over all tokens that no gate judges; None where it was not measured."""
+    found = (g for g in bundle.gates if g.gate == "recorded" and g.pair == pair and g.statistic == statistic)
+    return next((gate.estimate for gate in found), None)
 
 
 def statistic_name(name: str) -> str:
@@ -79,10 +102,29 @@ def telling(bundle: BundleResult) -> list[GateResult]:
     return faults or [gate for gate in judged(bundle) if gate.gate in MAIN and gate.scope != "prompt"]
 
 
+def deciding_bound(gate: GateResult) -> float | None:
+    """The number that is held against the limit: a bound of the interval, or the figure itself."""
+    return {"upper": gate.upper, "lower": gate.lower}.get(gate.bound, gate.estimate)
+
+
+def used(gate: GateResult) -> float | None:
+    """How much of its limit a gate uses: 1 is at the limit, above 1 is beyond. None where the limit is 0.
+
+    A rate that must stay above a limit uses up the room below 1.
+    """
+    value, limit = deciding_bound(gate), gate.limit
+    if value is None or not limit:
+        return None
+    return (1 - value) / (1 - limit) if gate.bound == "lower" and limit < 1 else max(value, 0.0) / limit
+
+
 def beyond(gate: GateResult) -> str:
     """By how much a figure misses or keeps its limit."""
     if gate.limit is None or gate.estimate is None:
         return ""
+    if gate.bound == "lower":
+        gap = gate.limit - gate.estimate
+        return f"{figure(abs(gap))} {'below' if gap > 0 else 'above'} the limit"
     if gate.limit == 0:
         return f"{figure(gate.estimate)} against 0"
     return f"{gate.estimate / gate.limit:.2g} x the limit"
@@ -90,21 +132,49 @@ def beyond(gate: GateResult) -> str:
 
 def nearest(bundle: BundleResult) -> str:
     """The passed gate that came closest to its limit, as a sentence."""
-    ratios = []
-    for gate in judged(bundle):
-        value = gate.estimate if gate.bound == "exact" else gate.upper if gate.bound == "upper" else None
-        if gate.outcome == "PASS" and value is not None and gate.limit:
-            ratios.append((value / gate.limit, gate))
+    known = [(used(gate), gate) for gate in judged(bundle) if gate.outcome == "PASS"]
+    ratios = [(ratio, gate) for ratio, gate in known if ratio is not None]
     if not ratios:
         return ""
     ratio, gate = max(ratios, key=lambda entry: entry[0])
-    return f"The gate nearest to its limit is {gate.gate} ({gate.pair}, {gate.scope}), at {100 * ratio:.2g} % of it."
+    return f"The gate nearest to its limit is {gate.gate} ({gate.pair}, {gate.scope}): it uses {percent(ratio)} of it."
+
+
+def percent(ratio: float) -> str:
+    """A share in percent, two digits, without an exponent."""
+    value = 100 * ratio
+    return f"{value:.0f} %" if value >= 10 else f"{value:.2g} %" if value >= 0.01 else "< 0.01 %"
 
 
 def killed(bundle: BundleResult) -> tuple[int, int]:
     """(mutants killed, mutants that applied)."""
     applied = [mutant for mutant in bundle.mutants if mutant.outcome != "not applicable"]
     return sum(mutant.outcome == "killed" for mutant in applied), len(applied)
+
+
+def answer(verification: Verification) -> str:
+    """The verdict as a sentence."""
+    bundles = verification.bundles
+    faulty = sum(bundle.verdict == "FAIL" for bundle in bundles)
+    unsure = sum(bundle.verdict == "INCONCLUSIVE" for bundle in bundles)
+    what = "the merged, exported model" if len(bundles) == 1 else f"each of the {len(bundles)} bundles"
+    if verification.verdict == "PASS":
+        return f"Within the limits, {what} says what the unmerged 8-bit model says."
+    of = "The bundle" if len(bundles) == 1 else f"{faulty or unsure} of {len(bundles)} bundles"
+    one = (faulty or unsure) == 1
+    if verification.verdict == "FAIL":
+        return f"{of} {'does' if one else 'do'} not say what the unmerged 8-bit model says."
+    return f"{of} could not be judged: the evidence is not enough for a verdict either way."
+
+
+def where(bundle: BundleResult) -> list[str]:
+    """Where an error comes from, as sentences: the stage, then the layers and tensors that are wrong."""
+    found = [f"Of the steps from truth to bundle, {largest_stage(bundle)}."]
+    weak = weak_tensors(bundle)
+    if weak:
+        more = f" and {len(weak) - 8} more" if len(weak) > 8 else ""
+        found.append(f"The adapter does not stand once in {', '.join(weak[:8])}{more}.")
+    return found
 
 
 def largest_stage(bundle: BundleResult) -> str:

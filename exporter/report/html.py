@@ -1,9 +1,7 @@
 """report.html: one self-contained page. No script, no network: styles and plots stand inside."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import jinja2
 from markupsafe import Markup
 
 from exporter.parity.result import BundleResult, Verification
-from exporter.report import figures, plots
+from exporter.report import advice, figures, plots
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -30,22 +28,17 @@ def html_page(verification: Verification) -> str:
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["figure"] = figures.figure
+    environment.filters["percent"] = figures.percent
+    environment.filters["source"] = figures.source_name
     environment.filters["visible"] = visible
-    environment.globals.update(
-        bundle_name=figures.bundle_name,
-        statistic_name=figures.statistic_name,
-        judged=figures.judged,
-        beyond=figures.beyond,
-        killed=figures.killed,
-        largest_stage=figures.largest_stage,
-        weak_tensors=figures.weak_tensors,
-        names=figures.NAMES,
-        pair_title=figures.pair_title,
-        nearest=figures.nearest,
-    )
+    environment.globals.update(f=figures, advice=advice)
     numbers = count()
-    drawings = [_drawings(bundle, numbers) for bundle in verification.bundles]
-    return environment.get_template("report.html.j2").render(v=verification, drawings=drawings)
+    drawings = [
+        [Drawing(one.title, one.explanation, Markup(_unique(one.svg, next(numbers)))) for one in _drawings(bundle)]
+        for bundle in verification.bundles
+    ]
+    names = figures.bundle_names(verification.bundles)
+    return environment.get_template("report.html.j2").render(v=verification, names=names, drawings=drawings)
 
 
 def visible(text: str) -> str:
@@ -53,44 +46,51 @@ def visible(text: str) -> str:
     return text.replace("\n", "⏎").replace("\t", "⇥")
 
 
-def _drawings(bundle: BundleResult, numbers: "count[int]") -> list[Drawing]:
-    wanted: list[tuple[str, str, bool, Callable[[], str]]] = [
+def _drawings(bundle: BundleResult) -> list[Drawing]:
+    """What there is to draw, in the order of a reader's questions: how far, from which stage, from which layer."""
+    found: list[tuple[str, str, str]] = []
+    if any(sum(histogram.counts) for histogram in bundle.histograms):
+        found.append(
+            (
+                "How far each token is",
+                "The bundle should be no further from the reference than the truth is. Triangles: means. Dashed: the "
+                "limits on means.",
+                plots.kl_distribution(bundle),
+            )
+        )
+    found += [
         (
-            "How far each token is",
-            "Tokens by their KL divergence. The bundle should be no further from the reference than the truth is.",
-            bool(bundle.histograms),
-            partial(plots.kl_distribution, bundle),
-        ),
-        (
-            "Where the error comes from",
-            "Each step's share of the error between truth and bundle. A negative share takes back another's error.",
-            any(stage.share is not None for stage in bundle.stages),
-            partial(plots.stage_ladder, bundle),
-        ),
-        (
-            "The adapter in each weight",
-            "1 means that the weight carries the adapter's change exactly once. Bars: four standard errors.",
-            any(p.share is not None for p in bundle.projections),
-            partial(plots.projections, bundle),
-        ),
-        (
-            "Along the document",
-            "Mean KL by position: a fault in positions or in the cache grows with the distance from the start.",
-            len(bundle.by_position) > 1,
-            partial(plots.kl_by_position, bundle),
-        ),
-        (
-            "Prefill against decoding and padding",
-            "The same tokens fed in other ways must give the same logits.",
-            bool(bundle.cache),
-            partial(plots.cache_checks, bundle),
-        ),
+            f"Where the error comes from, {chain}",
+            "Each step's share of the error. A negative share takes back another step's error.",
+            plots.stage_ladder(bundle, chain),
+        )
+        for chain in plots.chains(bundle)
     ]
-    return [
-        Drawing(title, explanation, Markup(_unique(draw(), next(numbers))))
-        for title, explanation, there, draw in wanted
-        if there
-    ]
+    if any(p.share is not None and p.error is not None for p in bundle.projections):
+        found.append(
+            (
+                "The adapter, layer by layer",
+                "1: the weight carries the adapter's change exactly once. Bars: four standard errors. Dashed: limits.",
+                plots.projections(bundle),
+            )
+        )
+    if len(bundle.by_position) > 1:
+        found.append(
+            (
+                "Along the document",
+                "A fault in positions or in the cache grows with the distance from the start.",
+                plots.kl_by_position(bundle),
+            )
+        )
+    if bundle.cache:
+        found.append(
+            (
+                "Prefill against decoding and padding",
+                "The same tokens fed in other ways must give the same logits.",
+                plots.cache_checks(bundle),
+            )
+        )
+    return [Drawing(title, explanation, Markup(svg)) for title, explanation, svg in found]
 
 
 def _unique(svg: str, number: int) -> str:

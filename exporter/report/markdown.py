@@ -1,55 +1,89 @@
 """A summary for a CI job's page."""
 
-from pathlib import Path
+import html
 
 from exporter.parity.result import BundleResult, GateResult, Verification
-from exporter.report.figures import beyond, bundle_name, figure, judged, killed, largest_stage, statistic_name, telling
+from exporter.report.advice import steps
+from exporter.report.figures import (
+    beyond,
+    bundle_names,
+    deciding_bound,
+    figure,
+    judged,
+    killed,
+    largest_stage,
+    source_name,
+    statistic_name,
+    telling,
+    weak_tensors,
+)
 
 MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "⚠️"}
+ROWS = 12
 
 
 def markdown_summary(verification: Verification) -> str:
-    """GitHub-flavoured Markdown: the verdict, then per bundle what decided it."""
+    """GitHub-flavoured Markdown: the verdict, then per bundle what decided it. Texts of others are escaped."""
     inputs = verification.inputs
+    adapters = ", ".join(_code(source_name(adapter)) for adapter in inputs.adapters)
     lines = [
         f"# {MARKS[verification.verdict]} Parity: {verification.verdict}",
         "",
-        f"Base `{Path(inputs.base).name}`, adapter {', '.join(f'`{Path(a).name}`' for a in inputs.adapters)}, "
-        f"reference {inputs.reference}, level {inputs.level}: {inputs.documents} documents, "
-        f"{inputs.response_tokens} response, {inputs.prompt_tokens} prompt and {inputs.text_tokens} text tokens, "
-        f"{inputs.seconds:.0f} s.",
+        f"Base {_code(source_name(inputs.base))}, adapter {adapters}, reference {inputs.reference}, "
+        f"level {inputs.level}: {inputs.documents} documents, {inputs.response_tokens} response, "
+        f"{inputs.prompt_tokens} prompt and {inputs.text_tokens} text tokens, {inputs.seconds:.0f} s.",
         "",
-        *(f"> {note}\n" for note in verification.notes),
+        *(f"> {_text(note)}\n" for note in verification.notes),
     ]
-    for bundle in verification.bundles:
-        lines += _bundle(bundle)
+    for name, bundle in zip(bundle_names(verification.bundles), verification.bundles, strict=True):
+        lines += _bundle(name, bundle)
     return "\n".join(lines)
 
 
-def _bundle(bundle: BundleResult) -> list[str]:
+def _bundle(name: str, bundle: BundleResult) -> list[str]:
     dead, applied = killed(bundle)
     quality = f", quality {bundle.quality}" if bundle.quality else ""
     lines = [
-        f"## {MARKS[bundle.verdict]} {bundle_name(bundle)}: {bundle.verdict}",
+        f"## {MARKS[bundle.verdict]} {_text(name)}: {bundle.verdict}",
         "",
         f"Correctness {bundle.correctness}{quality}. {len(judged(bundle))} gates, {dead} of {applied} mutants killed; "
         f"{largest_stage(bundle)}.",
         "",
-        *(f"> {note}\n" for note in bundle.notes),
+        *(f"> {_text(note)}\n" for note in bundle.notes),
         "| gate | pair | tokens | figure | bound | limit | verdict |",
         "| --- | --- | --- | ---: | ---: | ---: | --- |",
     ]
-    lines += [_row(gate) for gate in telling(bundle)[:12]]
+    shown = telling(bundle)
+    lines += [_row(gate) for gate in shown[:ROWS]]
+    if len(shown) > ROWS:
+        lines += ["", f"and {len(shown) - ROWS} more, in report.html."]
+    weak = weak_tensors(bundle)
+    if weak:
+        more = f" and {len(weak) - 8} more" if len(weak) > 8 else ""
+        lines += ["", f"**Where:** {', '.join(_code(tensor) for tensor in weak[:8])}{more}."]
     survivors = [mutant.name for mutant in bundle.mutants if mutant.outcome == "survived"]
     if survivors:
         lines += ["", f"**Survived:** {', '.join(survivors)}. A check that misses these proves nothing."]
+    lines += ["", *(f"- {step}" for step in steps(bundle))]
     return [*lines, ""]
 
 
 def _row(gate: GateResult) -> str:
-    bound = gate.upper if gate.bound == "upper" else gate.lower if gate.bound == "lower" else gate.estimate
     why = [beyond(gate) if gate.outcome == "FAIL" else "", gate.detail]
-    verdict = " – ".join([f"{MARKS.get(gate.outcome, '')} {gate.outcome}", *filter(None, why)])
-    numbers = [figure(gate.estimate), figure(bound), figure(gate.limit)]
+    verdict = ": ".join([f"{MARKS.get(gate.outcome, '')} {gate.outcome}", "; ".join(filter(None, why))]).strip(": ")
+    numbers = [figure(gate.estimate), figure(deciding_bound(gate)), figure(gate.limit)]
     cells = [f"{gate.gate}: {statistic_name(gate.statistic)}", gate.pair, gate.scope, *numbers, verdict]
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return f"| {' | '.join(_text(cell) for cell in cells)} |"
+
+
+def _text(text: str) -> str:
+    """Text as it is read: no markup, no cell or line of its own."""
+    flat = " ".join(html.escape(text, quote=False).split())
+    for sign in "\\`*_[]|~":
+        flat = flat.replace(sign, "\\" + sign)
+    return flat
+
+
+def _code(text: str) -> str:
+    """Text in a code span; a code span knows no escapes, so that backticks and bars go."""
+    return f"`{' '.join(text.replace('`', ' ').replace('|', ' ').split())}`"

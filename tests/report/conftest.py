@@ -1,5 +1,6 @@
 """One verification that failed and one that passed, without any model: reports are made from values alone."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,17 @@ from exporter.parity.result import (
 )
 
 HOSTILE = "<script>alert('x')</script> & \x07 | ünïcode 🙂 \n\t"
+
+
+MEANS = {"T-O": 3e-7, "R-O": 2.6e-4, "T-R": 2.5e-4}
+EDGES = tuple(round(-9 + 0.25 * i, 2) for i in range(45))
+
+
+def histogram(pair: str) -> Histogram:
+    """Tokens around the pair's mean, as a bell in log10 KL."""
+    middle = math.log10(MEANS[pair]) - 0.7
+    counts = (round(300 * math.exp(-((edge + 0.125 - middle) ** 2))) for edge in EDGES[:-1])
+    return Histogram(pair, EDGES, tuple(counts))
 
 
 def gate(name: str, pair: str, statistic: str, outcome: str, estimate: float | None, limit: float | None) -> GateResult:
@@ -47,7 +59,10 @@ def bundle(verdict: str) -> BundleResult:
         gate("weights.projection", "T-W", "projection", verdict, 0.5 if bad else 1e-4, 0.02),
         gate("graph.kl", "F-O", "kl_mean", "PASS", 1e-6, 1e-3),
         gate("quality.top1", "T-F", "top1", "RECORDED", None, 0.96),
-        gate("recorded", "R-O", "kl_mean", "RECORDED", 2.6e-4, None),
+        *(gate("recorded", pair, "kl_mean", "RECORDED", mean, None) for pair, mean in MEANS.items()),
+        gate("recorded", "T-O", "top1", "RECORDED", 0.9987, None),
+        gate("rounding.kl", "M32-F", "kl_mean", "PASS", 4e-9, 1e-4),
+        gate("cache.max", "O-D", "centered_max", "PASS", 3e-5, 2e-3),
         gate("finite", "F-O", "not_finite", "PASS", 0.0, 0.0),
     )
     shares = (0.5 if bad else 1.0, 0.0001)
@@ -75,9 +90,13 @@ def bundle(verdict: str) -> BundleResult:
             Mutant("positions + 1", "graph", "survived" if bad else "killed", ("graph.max",), (), "centered max 1e-6"),
             Mutant("transposed", "merge", "not applicable", ("weights.projection",), (), "not square"),
         ),
-        cache=(CacheCheck("decode, past 1", 8, 1e-6, 1e-13), CacheCheck("right-padded batch", 20, 0.0, 0.0)),
-        histograms=tuple(Histogram(pair, (-9.0, -6.0, -3.0, 0.0), (10, 200, 3)) for pair in ("T-O", "R-O", "T-R")),
-        by_position=(PositionKL(1, 20, 1e-6, 50), PositionKL(20, 90, 2e-6, 50)),
+        cache=(
+            CacheCheck("decode, past 1", 8, 1e-6, 1e-13),
+            CacheCheck("decode, past 511", 8, 3e-5, 1e-12),
+            CacheCheck("right-padded batch, other pad token", 20, 0.0, 0.0),
+        ),
+        histograms=tuple(map(histogram, MEANS)),
+        by_position=tuple(PositionKL(20 * i, 20 * i + 20, 2e-7 * (1 + (i * 7) % 5), 150) for i in range(16)),
         worst=tuple(WorstToken(i, 7 + i, 0.1 / (i + 1), HOSTILE, " token", "\n", "b") for i in range(20)),
         notes=("a note",) if bad else (),
     )
@@ -115,6 +134,31 @@ def verification(verdict: str) -> Verification:
     )
 
 
+def nothing_to_draw() -> Verification:
+    """A bundle of which nothing could be drawn: no share, no position, no gate but one."""
+    passing = verification("PASS")
+    bare = replace(
+        passing.bundles[0],
+        gates=(gate("finite", "F-O", "not_finite", "FAIL", None, 0.0),),
+        projections=(Projection("w", None, None, 0.0, None),),
+        stages=(Stage("T to O", "T -> M32", None, None),),
+        mutants=(),
+        cache=(),
+        histograms=(),
+        by_position=(),
+        worst=(),
+    )
+    return replace(passing, bundles=(bare,))
+
+
+VERIFICATIONS = {
+    "failing": lambda: verification("FAIL"),
+    "passing": lambda: verification("PASS"),
+    "unsure": lambda: verification("INCONCLUSIVE"),
+    "empty": nothing_to_draw,
+}
+
+
 @pytest.fixture
 def failing() -> Verification:
     return verification("FAIL")
@@ -131,17 +175,5 @@ def unsure() -> Verification:
 
 
 @pytest.fixture
-def empty(passing: Verification) -> Verification:
-    """A bundle of which nothing could be drawn: no share, no position, no gate but one."""
-    bare = replace(
-        passing.bundles[0],
-        gates=(gate("finite", "F-O", "not_finite", "FAIL", None, 0.0),),
-        projections=(Projection("w", None, None, 0.0, None),),
-        stages=(Stage("T to O", "T -> M32", None, None),),
-        mutants=(),
-        cache=(),
-        histograms=(),
-        by_position=(),
-        worst=(),
-    )
-    return replace(passing, bundles=(bare,))
+def empty() -> Verification:
+    return nothing_to_draw()

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime as ort
+import torch
 
 from exporter.errors import EnvironmentLacking
 from exporter.files import human_bytes
+from exporter.runtime.adapters import ActiveAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,22 +31,20 @@ class CacheShape:
 class KeyValueCache:
     """`lengths[b]` slots of row b are filled. Buffers are (rows, heads, capacity, head size); key and value per layer.
 
-    Slots start as zeros, so a masked slot never holds NaN. `adapter`: whose keys and values these are.
+    Slots start as zeros, so a masked slot never holds NaN. `adapters[b]`: whose keys and values row b holds.
     """
 
     def __init__(self, shape: CacheShape, rows: int, capacity: int, adapter: str | None = None) -> None:
-        self.shape, self.rows, self.capacity, self.adapter = shape, rows, capacity, adapter
+        self.shape, self.rows, self.capacity = shape, rows, capacity
+        self.adapters: list[str | None] = [adapter] * rows
         self.lengths = np.zeros(rows, np.int64)
-        self._whole: tuple[ort.InferenceSession, ort.IOBinding] | None = None
-        self._buffers = [self._allocate(capacity) for _ in range(2 * shape.layers)]
+        self._bindings: dict[tuple[str | None, int, int], ort.IOBinding] = {}
+        self._buffers = [self._zeros(capacity) for _ in range(2 * shape.layers)]
 
-    def _allocate(self, capacity: int) -> ort.OrtValue:
-        # From zeros, not from a shape alone: that memory would be whatever lay there.
-        return ort.OrtValue.ortvalue_from_numpy(self._zeros(capacity), self.shape.device, 0)
-
-    def _zeros(self, capacity: int) -> np.ndarray:
+    def _zeros(self, capacity: int) -> torch.Tensor:
+        # numpy's zeros cost memory only where something is written; torch's are written at once.
         try:
-            return np.zeros((self.rows, self.shape.heads, capacity, self.shape.head_size), self.shape.dtype)
+            zeros = np.zeros((self.rows, self.shape.heads, capacity, self.shape.head_size), self.shape.dtype)
         except MemoryError as error:
             self._buffers = []  # some may have grown already: none of them can be used any more
             raise EnvironmentLacking(
@@ -52,6 +52,7 @@ class KeyValueCache:
                 expected=f"room for {self.rows} rows of {capacity} positions",
                 todo="use fewer rows, or shorter ones",
             ) from error
+        return torch.from_numpy(zeros).to(self.shape.device)
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` slots a row, keeping what is filled; at least doubles when it grows."""
@@ -59,29 +60,56 @@ class KeyValueCache:
             return
         capacity = max(capacity, 2 * self.capacity)
         filled = int(self.lengths.max(initial=0))
-        self._whole = None  # it holds the buffers that are replaced
+        self._bindings.clear()  # they hold the addresses of the buffers that are replaced
         for i, old in enumerate(self._buffers):
-            values = self._zeros(capacity)
-            values[:, :, :filled] = old.numpy()[:, :, :filled]
-            self._buffers[i] = ort.OrtValue.ortvalue_from_numpy(values, self.shape.device, 0)
+            grown = self._zeros(capacity)
+            grown[:, :, :filled] = old[:, :, :filled]
+            self._buffers[i] = grown
+        self._finish_copies()
         self.capacity = capacity
 
-    def binding(self, session: ort.InferenceSession, first: int, count: int) -> ort.IOBinding:
-        """Rows `first` to `first + count` as past and, in the same memory, as present; the caller binds the rest.
+    def copy_slots(self, source: int, target: int, start: int, stop: int) -> None:
+        """Slots `start` to `stop` of row `source` into row `target`, which then holds `stop` tokens."""
+        for buffer in self._buffers:
+            buffer[target, :, start:stop] = buffer[source, :, start:stop]
+        self._finish_copies()
+        self.lengths[target] = stop
 
-        All rows are bound once, for that takes longer than anything else that Python does for a token.
+    def swap_rows(self, a: int, b: int) -> None:
+        """Exchange all that two rows hold."""
+        filled = int(max(self.lengths[a], self.lengths[b]))
+        for buffer in self._buffers:
+            kept = buffer[a, :, :filled].clone()
+            buffer[a, :, :filled] = buffer[b, :, :filled]
+            buffer[b, :, :filled] = kept
+        self._finish_copies()
+        self.lengths[[a, b]] = self.lengths[[b, a]]
+        self.adapters[a], self.adapters[b] = self.adapters[b], self.adapters[a]
+
+    def clear_row(self, row: int) -> None:
+        """Zeros again: after a computation that may have left NaN there."""
+        for buffer in self._buffers:
+            buffer[row] = 0
+        self._finish_copies()
+        self.lengths[row] = 0
+
+    def _finish_copies(self) -> None:
+        if self.shape.device == "cuda":  # onnxruntime computes on a stream of its own
+            torch.cuda.synchronize()
+
+    def binding(self, session: ort.InferenceSession, first: int, count: int, adapter: ActiveAdapter) -> ort.IOBinding:
+        """Rows `first` to `first + count` as past and, in the same memory, as present, and the adapter's factors.
+
+        The caller binds the rest. Kept for the next call with the same rows, for binding takes longer than anything
+        else that Python does for a token. All calls have to be with one session.
         """
-        if count < self.rows:
-            return self._bound_rows(session.io_binding(), first, count)
-        if self._whole is None or self._whole[0] is not session:
-            binding = session.io_binding()
-            for past, present, buffer in self._names():
-                binding.bind_ortvalue_input(past, buffer)
-                binding.bind_ortvalue_output(present, buffer)
-            self._whole = (session, binding)
-        return self._whole[1]
+        key = (adapter.name, first, count)
+        if key not in self._bindings:
+            self._bindings[key] = self._bind(session.io_binding(), first, count)
+            adapter.bind(self._bindings[key])
+        return self._bindings[key]
 
-    def _bound_rows(self, binding: ort.IOBinding, first: int, count: int) -> ort.IOBinding:
+    def _bind(self, binding: ort.IOBinding, first: int, count: int) -> ort.IOBinding:
         dimensions = (count, self.shape.heads, self.capacity, self.shape.head_size)
         skip = first * self.shape.row_bytes(self.capacity)
         for past, present, buffer in self._names():
@@ -90,7 +118,7 @@ class KeyValueCache:
             binding.bind_output(present, self.shape.device, 0, self.shape.dtype, dimensions, address)
         return binding
 
-    def _names(self) -> Iterator[tuple[str, str, ort.OrtValue]]:
+    def _names(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         for i, buffer in enumerate(self._buffers):
             which = f"{i // 2}.{('key', 'value')[i % 2]}"
             yield f"past_key_values.{which}", f"present.{which}", buffer

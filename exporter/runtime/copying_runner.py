@@ -6,6 +6,7 @@ import numpy as np
 import onnxruntime as ort
 
 from exporter.errors import InputRefused, UsageError
+from exporter.runtime.adapters import ActiveAdapter
 from exporter.runtime.cache import CacheShape, KeyValueCache
 from exporter.runtime.runner import Runner
 
@@ -14,15 +15,27 @@ class CopiedCache(KeyValueCache):
     """A row's keys and values are what the last call returned for it: (1, heads, slots, head size) by input name."""
 
     def __init__(self, shape: CacheShape, rows: int, names: Sequence[str]) -> None:
-        self.shape, self.rows, self.capacity, self.adapter = shape, rows, 0, None
+        self.shape, self.rows, self.capacity = shape, rows, 0
+        self.adapters: list[str | None] = [None] * rows
         self.lengths = np.zeros(rows, np.int64)
-        empty = np.zeros((1, shape.heads, 0, shape.head_size), shape.dtype)
-        self.pasts = [dict.fromkeys(names, empty) for _ in range(rows)]
+        self._empty = dict.fromkeys(names, np.zeros((1, shape.heads, 0, shape.head_size), shape.dtype))
+        self.pasts = [self._empty.copy() for _ in range(rows)]
 
     def reserve(self, capacity: int) -> None:
         pass  # it grows with every call
 
-    def binding(self, session: ort.InferenceSession, first: int, count: int) -> ort.IOBinding:
+    def copy_slots(self, source: int, target: int, start: int, stop: int) -> None:
+        self.pasts[target] = {name: array[:, :, :stop] for name, array in self.pasts[source].items()}
+        self.lengths[target] = stop
+
+    def swap_rows(self, a: int, b: int) -> None:
+        self.pasts[a], self.pasts[b] = self.pasts[b], self.pasts[a]
+        self.lengths[[a, b]] = self.lengths[[b, a]]
+
+    def clear_row(self, row: int) -> None:
+        self.pasts[row], self.lengths[row] = self._empty.copy(), 0
+
+    def binding(self, session: ort.InferenceSession, first: int, count: int, adapter: ActiveAdapter) -> ort.IOBinding:
         raise NotImplementedError("a copied cache has no buffer")
 
 

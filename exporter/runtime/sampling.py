@@ -61,10 +61,7 @@ def next_token(
 
     ParityFailed when a logit is not finite.
     """
-    if not np.isfinite(logits).all():
-        raise ParityFailed(
-            "the model gave a logit that is not finite", expected="finite logits", todo="verify the bundle"
-        )
+    require_finite(logits)
     if sampling.repetition_penalty != 1.0:
         logits = penalize(logits, context, sampling.repetition_penalty)
     if sampling.presence_penalty or sampling.frequency_penalty:
@@ -73,6 +70,14 @@ def next_token(
         return int(logits.argmax())
     ids, chances = _candidates(logits, sampling)
     return int(ids[generator.choice(len(ids), p=chances)])
+
+
+def require_finite(logits: np.ndarray) -> None:
+    """ParityFailed when a logit is not finite."""
+    if not np.isfinite(logits).all():
+        raise ParityFailed(
+            "the model gave a logit that is not finite", expected="finite logits", todo="verify the bundle"
+        )
 
 
 def subtract(logits: np.ndarray, generated: Sequence[int], sampling: Sampling) -> np.ndarray:

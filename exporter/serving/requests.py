@@ -126,7 +126,7 @@ class Engine(Protocol):
 
     @property
     def alive(self) -> bool:
-        """The worker runs and takes requests."""
+        """The worker runs. While it drains it takes no requests."""
         ...
 
     def submit(self, request: Request) -> Stream:

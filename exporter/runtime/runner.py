@@ -17,6 +17,7 @@ from exporter.runtime.sampling import GREEDY, Sampling, generators, next_token
 
 # Tokens of a prompt that one call computes: bounds the logits, (512, 50257) float32 = 103 MB.
 CHUNK = 512
+SMALLEST_CHUNK = 2
 FIRST_CAPACITY = 128
 Reason = Literal["stop", "length"]
 
@@ -28,6 +29,16 @@ class Token:
     row: int
     id: int
     reason: Reason | None
+
+
+def next_chunk(remaining: int, chunk: int) -> int:
+    """How many of a prompt's `remaining` tokens to compute next, about `chunk` at a time.
+
+    A single token takes other kernels than several: attention then differs in the last bits, after which int8
+    activations round otherwise (0.09 in a logit of the demo pair). So no token of a longer prompt is left alone, and
+    the logits are bit for bit the same wherever a prompt is split (tests/serving/test_engine_equality.py).
+    """
+    return remaining if remaining < chunk + SMALLEST_CHUNK else chunk
 
 
 class Runner:
@@ -70,10 +81,14 @@ class Runner:
             raise UsageError(f"a batch of {rows} rows", expected="at least one")
         return KeyValueCache(self._cache_shape, rows, max(1, min(capacity, self.n_positions)), self.adapter)
 
+    def cache_bytes(self, rows: int, capacity: int) -> int:
+        """What a cache of `rows` rows with `capacity` slots each takes."""
+        return self._cache_shape.nbytes(rows, capacity)
+
     def logits(self, token_ids: Sequence[int], *, chunk: int = CHUNK) -> np.ndarray:
         """float32 (T, V): the logits after each of the T tokens. UsageError unless 1 <= T <= n_positions."""
         cache = self.new_cache(1, len(token_ids))
-        return np.concatenate(list(self._chunks(cache, 0, token_ids, chunk, keep=chunk)))
+        return np.concatenate(list(self._chunks(cache, 0, token_ids, chunk, keep=len(token_ids))))
 
     def prefill(self, cache: KeyValueCache, row: int, token_ids: Sequence[int], *, chunk: int = CHUNK) -> np.ndarray:
         """Append tokens to a row of the cache; float32 (V,), the logits after the last one."""
@@ -92,16 +107,30 @@ class Runner:
         self._require_own(cache)
         if not 0 <= row < cache.rows:
             raise UsageError(f"row {row}", expected=f"a row of the cache, 0 to {cache.rows - 1}")
-        past = int(cache.lengths[row])
-        self._require_room(past + len(ids))
-        cache.reserve(min(self.n_positions, past + len(ids)))
-        for start in range(0, len(ids), chunk):
-            part = ids[None, start : start + chunk]  # (1, S)
-            total = past + start + part.shape[1]
-            positions = np.arange(past + start, total)[None]
-            mask = np.ones((1, total), np.int64)
-            yield self._run(cache, row, part, positions, mask, min(keep, part.shape[1]))[0]
-            cache.lengths[row] = total
+        self._require_room(int(cache.lengths[row]) + len(ids))
+        start = 0
+        while start < len(ids):
+            stop = start + next_chunk(len(ids) - start, chunk)
+            yield self.append(cache, row, ids[None, start:stop], keep)[0]
+            start = stop
+
+    def append(self, cache: KeyValueCache, first: int, token_ids: np.ndarray, keep: int = 1) -> np.ndarray:
+        """Append tokens (B, S) to B neighbouring rows from `first` on: one row, or S = 1 where rows differ in length.
+
+        float32 (B, min(keep, S), V): the logits after the last ones. Raises UsageError (no room).
+        """
+        count, new = token_ids.shape
+        past = cache.lengths[first : first + count]  # (B,)
+        if count > 1 and new > 1:
+            raise UsageError(f"{new} tokens for each of {count} rows", expected="one row, or one token a row")
+        total = int(past.max()) + new
+        self._require_room(total)
+        cache.reserve(min(self.n_positions, total))
+        positions = past[:, None] + np.arange(new)  # (B, S)
+        mask = (np.arange(total) <= positions[:, -1:]).astype(np.int64)  # (B, total): a row's own slots
+        logits = self._run(cache, first, token_ids, positions, mask, min(keep, new))
+        cache.lengths[first : first + count] += new
+        return logits
 
     def decode(
         self, cache: KeyValueCache, token_ids: Sequence[int], active: Sequence[bool] | None = None
@@ -161,7 +190,7 @@ class Runner:
         active = [True] * len(prompts)
         while True:
             for row in [row for row, going in enumerate(active) if going]:
-                chosen = next_token(logits[row], context[row], sampling, random[row])
+                chosen = next_token(logits[row], context[row], sampling, random[row], len(prompts[row]))
                 context[row].append(chosen)
                 full = len(context[row]) >= limits[row]
                 reason: Reason | None = "stop" if chosen in stops else "length" if full else None
@@ -190,16 +219,16 @@ class Runner:
             )
 
     def _require_own(self, cache: KeyValueCache) -> None:
-        if cache.adapter != self.adapter:
+        for made_with in set(cache.adapters) - {self.adapter}:
             raise UsageError(
-                f"a cache made with the adapter {cache.adapter}", expected=f"one made with the adapter {self.adapter}"
+                f"a cache made with the adapter {made_with}", expected=f"one made with the adapter {self.adapter}"
             )
 
     def _run(
         self, cache: KeyValueCache, row: int, ids: np.ndarray, positions: np.ndarray, mask: np.ndarray, keep: int
     ) -> np.ndarray:
         """One call over len(ids) rows from `row` on; float32 (B, keep, V). Writes the cache in place."""
-        binding = cache.binding(self._session, row, len(ids))
+        binding = cache.binding(self._session, row, len(ids), self._adapter)
         feeds = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
         for name, array in feeds.items():
             feeds[name] = np.ascontiguousarray(array)
@@ -208,7 +237,6 @@ class Runner:
         kept = ort.OrtValue.ortvalue_from_numpy(np.array([keep]))
         binding.bind_ortvalue_input(LOGITS_TO_KEEP, kept)
         logits = np.empty((len(ids), keep, self.vocab_size), np.float32)
-        self._adapter.bind(binding)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         self._session.run_with_iobinding(binding)
         return logits

@@ -83,6 +83,13 @@ class GraphBuilder:
             )
         return self._initializers[name]
 
+    def table(self, values: np.ndarray, dtype: ir.DataType, name: str) -> ir.Value:
+        """A computed initializer inside the graph file, in `dtype`."""
+        tensor = ir.tensor(values.astype(dtype.numpy()), dtype=dtype, name=name)
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(values.shape), const_value=tensor)
+        self._initializers[name] = value
+        return value
+
     def weight(self, info: TensorInfo, *, name: str = "", shape: Sequence[int] | None = None) -> ir.Value:
         """The stored tensor as an initializer; `name` and `shape` give the same bytes a second view."""
         name, shape = name or info.name, tuple(info.shape if shape is None else shape)
@@ -105,9 +112,9 @@ class GraphBuilder:
         result.dtype = dtype
         return result
 
-    def build(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], metadata: dict[str, str]) -> ir.Model:
+    def graph(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Graph:
         """`inputs` come first; what `empty_input` made follows."""
-        graph = ir.Graph(
+        return ir.Graph(
             [*inputs, *self._empty_inputs],
             outputs,
             nodes=self._nodes,
@@ -115,13 +122,16 @@ class GraphBuilder:
             opset_imports={"": OPSET, MICROSOFT: 1},
             name="main",
         )
-        return ir.Model(
-            graph,
-            ir_version=IR_VERSION,
-            producer_name=PRODUCER,
-            producer_version=exporter_version(),
-            metadata_props=metadata,
-        )
+
+
+def model_of(graph: ir.Graph, metadata: dict[str, str]) -> ir.Model:
+    return ir.Model(
+        graph,
+        ir_version=IR_VERSION,
+        producer_name=PRODUCER,
+        producer_version=exporter_version(),
+        metadata_props=metadata,
+    )
 
 
 def serialize(model: ir.Model) -> bytes:

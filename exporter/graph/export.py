@@ -8,19 +8,26 @@ import torch
 
 from exporter.errors import InputRefused, UsageError
 from exporter.files import lock_directory, removed_if_empty, write_atomically
-from exporter.graph.adapters import SUFFIX, RuntimeAdapter, adapted_modules, adapter_facts, write_adapters
+from exporter.graph.adapters import (
+    SUFFIX,
+    TEMPLATE_SUFFIX,
+    RuntimeAdapter,
+    adapted_modules,
+    adapter_facts,
+    write_adapters,
+)
+from exporter.graph.architectures import build_model, read_decoder
 from exporter.graph.builder import OPSET, exporter_version, is_ours, serialize
 from exporter.graph.bundle import GRAPHS, STAGE, Bundle, bundle_name, bundles_in, describe_known, known_sha256
+from exporter.graph.decoder import MATRICES, Decoder, decoder_weights
 from exporter.graph.finite import require_finite
 from exporter.graph.genai_config import genai_config
-from exporter.graph.gpt2 import PREFIX, build_gpt2, expected_shapes, gpt2_weights
-from exporter.graph.gpt2_config import Gpt2Config, read_gpt2_config
 from exporter.graph.quantize import BLOCK
 from exporter.graph.quantized_file import Stored, bits_per_weight, write_weights
-from exporter.graph.weights import WEIGHTS, open_weights
+from exporter.graph.weights import WEIGHTS, Weight, open_weights
 from exporter.manifest import describe_file, file_is_unchanged, read_manifest, versions, write_stage
 from exporter.progress import SILENT, Progress
-from exporter.sources.checkpoint import Checkpoint, open_checkpoint
+from exporter.sources.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from exporter.sources.tokenizer import TOKENIZER_JSON, build_tokenizer_json
 
 PRECISIONS = ("native", "fp32", "fp16", "int8", "int4", "int8-exact")
@@ -107,7 +114,7 @@ def export(
         from exporter.graph.optimum_builder import export_with_optimum  # a builder that needs an optional dependency
 
         return [export_with_optimum(opened, out or checkpoint.parent, force=force, progress=progress)]
-    _check_architecture(opened)
+    read_decoder(opened.config)  # before anything is written
     return [
         _export_one(opened, one_precision, one_target, out, force=force, progress=progress)
         for one_precision in dict.fromkeys(precision)
@@ -119,16 +126,6 @@ def _check_names(kind: str, given: Sequence[str], known: Sequence[str]) -> None:
     unknown = [name for name in given if name not in known]
     if unknown or not given:
         raise UsageError(f"{kind} {', '.join(unknown) or '(none)'}", expected="one of " + ", ".join(known))
-
-
-def _check_architecture(checkpoint: Checkpoint) -> None:
-    model_type = checkpoint.config.get("model_type")
-    if model_type != "gpt2":
-        raise InputRefused(
-            f"no native builder for model_type {model_type!r}",
-            expected="gpt2 (GPT-2, Cerebras-GPT)",
-            todo="export with --builder optimum",
-        )
 
 
 def _export_one(
@@ -159,7 +156,7 @@ def export_native(
     Files that no stage of ours has hashed are read once, for their hash and for values that are not finite.
     """
     checkpoint = open_checkpoint(checkpoint_dir)
-    config = read_gpt2_config(checkpoint.config)
+    decoder = read_decoder(checkpoint.config)
     directory = checkpoint.directory
     bundle = Bundle(directory, "native", target, directory / GRAPHS[target])
     with lock_directory(directory):
@@ -170,7 +167,7 @@ def export_native(
         unseen = [file for file in checkpoint.files if known_sha256(file, manifest) is None]
         require_finite(info for info in checkpoint.tensors.values() if info.file in unseen)
         weights = {file.name: describe_known(file, manifest) for file in checkpoint.files}
-        _write_graph(bundle, config, checkpoint.tensors, checkpoint.config, adapters)
+        _write_graph(bundle, decoder, checkpoint.tensors, checkpoint.config, adapters)
         facts = {"provenance": "merge" if merged else "unknown"} | adapter_facts(adapters)
         section = _section(bundle, weights, facts)
         section["files"] |= write_adapters(directory, adapters)
@@ -191,7 +188,7 @@ def export_converted(
     """A bundle that is complete alone: weights streamed into `directory`/weights.safetensors in `precision`."""
     checkpoint = open_checkpoint(checkpoint_dir)
     bundle = Bundle(directory, precision, target, directory / GRAPHS[target])
-    stored = _storage(read_gpt2_config(checkpoint.config), checkpoint, precision)
+    stored = _storage(read_decoder(checkpoint.config), checkpoint, precision)
     manifest = read_manifest(checkpoint.directory)
     facts = {"provenance": "merge" if _merge_outputs_hold(checkpoint.directory, manifest) else "unknown"}
     facts |= _merged_onto(manifest)
@@ -227,11 +224,13 @@ def write_bundle(
             names = list(small)
             for name, data in small.items():
                 write_atomically(directory / name, data)
-        config = read_gpt2_config(checkpoint.config)
-        _write_graph(bundle, config, open_weights(directory / WEIGHTS), checkpoint.config, adapters)
+        decoder = read_decoder(checkpoint.config)
+        own = decoder_weights(decoder, open_weights(directory / WEIGHTS))
+        _write_graph(bundle, decoder, own, checkpoint.config, adapters)
         facts = {**facts, "source": sources, "tensors": digests} | adapter_facts(adapters)
         if any(one.bits for one in stored.values()):
-            bits = bits_per_weight(stored.values())
+            matrices = [stored[one.name] for short, one in own.items() if decoder.parameters[short].kind in MATRICES]
+            bits = {"matrices": bits_per_weight(matrices), "all": bits_per_weight(stored.values())}
             facts |= {"block": BLOCK, "bits_per_weight": bits, "accuracy_level": ACCURACY_LEVEL[bundle.target]}
         section = _section(bundle, {WEIGHTS: describe_file(directory / WEIGHTS)}, facts)
         section["files"] |= {name: describe_file(directory / name) for name in names}
@@ -247,29 +246,26 @@ def export_quantized(
     return export_converted(checkpoint_dir, out, f"int{bits}", target, force=force, progress=progress)
 
 
-def _storage(config: Gpt2Config, checkpoint: Checkpoint, precision: str) -> dict[str, Stored]:
+def _storage(decoder: Decoder, checkpoint: Checkpoint, precision: str) -> dict[str, Stored]:
     """How each parameter is stored in a bundle of `precision`, by checkpoint name; unused tensors are left out."""
-    wanted = gpt2_weights(config, checkpoint.tensors)
-    by_short = {name.removeprefix(PREFIX): info for name, info in checkpoint.tensors.items()}
     fixed = {"fp32": "F32", "fp16": "F16"}
     stored: dict[str, Stored] = {}
-    for short in wanted:
-        info = by_short[short]
-        dtype = fixed.get(precision, info.dtype)
-        if precision in ("int8", "int4") and short in ("wte.weight", "lm_head.weight"):
+    for short, info in decoder_weights(decoder, checkpoint.tensors).items():
+        assert isinstance(info, TensorInfo), short  # a checkpoint holds nothing quantized
+        kind = decoder.parameters[short].kind
+        if precision in ("int8", "int4") and kind in ("tokens", "head"):
             stored[info.name] = Stored(info, "U8", 8)  # at 4 bits they would cost most of the quality
-        elif precision in ("int8", "int4") and len(info.shape) == 2 and short.startswith("h."):
-            stored[info.name] = Stored(info, "U8", int(precision[3:]), transposed=True)
+        elif precision in ("int8", "int4") and kind in MATRICES:
+            stored[info.name] = Stored(info, "U8", int(precision[3:]), transposed=kind == "conv1d")
         else:
-            stored[info.name] = Stored(info, dtype)
-    assert len(stored) == len(expected_shapes(config))
+            stored[info.name] = Stored(info, fixed.get(precision, info.dtype))
     return stored
 
 
 def _write_graph(
     bundle: Bundle,
-    config: Gpt2Config,
-    weights: Any,
+    decoder: Decoder,
+    weights: Mapping[str, Weight],
     raw_config: dict[str, Any],
     adapters: Sequence[RuntimeAdapter] = (),
 ) -> None:
@@ -280,10 +276,10 @@ def _write_graph(
     }
     level = ACCURACY_LEVEL[bundle.target]
     adapted = adapted_modules(adapters)
-    model = build_gpt2(config, weights, bundle.target, metadata, accuracy_level=level, adapted=adapted)
+    model = build_model(decoder, weights, bundle.target, metadata, accuracy_level=level, adapted=adapted)
     write_atomically(bundle.graph, serialize(model))
     if _owns_genai_config(bundle):
-        content = genai_config(bundle.directory, raw_config, config, bundle.graph.name, bundle.target)
+        content = genai_config(bundle.directory, raw_config, decoder.sizes, bundle.graph.name, bundle.target)
         write_atomically(bundle.directory / GENAI_CONFIG, content)
 
 
@@ -294,12 +290,25 @@ def _owns_genai_config(bundle: Bundle) -> bool:
 
 def _publish_section(bundle: Bundle, section: dict[str, Any]) -> None:
     """Write the manifest's section; a file that it took over is no longer listed under another target."""
+    earlier = (read_manifest(bundle.directory) or {"stages": {}})["stages"].get(bundle.stage, {})
     for other in bundles_in(bundle.directory):
         listed = other.section
         if other.stage != bundle.stage and GENAI_CONFIG in section["files"] and GENAI_CONFIG in listed["files"]:
             del listed["files"][GENAI_CONFIG]
             write_stage(bundle.directory, other.stage, listed)
     write_stage(bundle.directory, bundle.stage, section)
+    _remove_dropped_adapters(bundle.directory, earlier.get("files", {}))
+
+
+def _remove_dropped_adapters(directory: Path, earlier: Mapping[str, dict[str, Any]]) -> None:
+    """Adapters and templates that the export before wrote, unchanged since, and that no section lists any more."""
+    stages = (read_manifest(directory) or {"stages": {}})["stages"]
+    listed = {name for section in stages.values() for name in section.get("files", {})}
+    for name, entry in earlier.items():
+        path = directory / name
+        dropped = name not in listed and name.endswith((SUFFIX, TEMPLATE_SUFFIX)) and path.parent == directory
+        if dropped and file_is_unchanged(path, entry):
+            path.unlink()
 
 
 def _section(bundle: Bundle, weights: dict[str, dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:

@@ -15,10 +15,10 @@ import torch
 
 from exporter.errors import InputRefused, UsageError
 from exporter.graph.adapters import RuntimeAdapter
+from exporter.graph.architectures import read_decoder
 from exporter.graph.bundle import GRAPHS, Bundle
+from exporter.graph.decoder import Decoder, decoder_weights
 from exporter.graph.export import write_bundle
-from exporter.graph.gpt2 import PREFIX, gpt2_weights
-from exporter.graph.gpt2_config import read_gpt2_config
 from exporter.graph.quantized_file import Stored
 from exporter.graph.separate import read_runtime_adapter
 from exporter.graph.weights import DOWN, UP
@@ -26,7 +26,7 @@ from exporter.merging.card import choose_template, generation_config_bytes, lice
 from exporter.merging.int8 import quantized_modules
 from exporter.merging.modules import ModelLayout, model_layout
 from exporter.progress import SILENT, Progress
-from exporter.sources.checkpoint import Checkpoint, open_checkpoint
+from exporter.sources.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from exporter.sources.hub import Source, resolve
 from exporter.sources.tokenizer import TOKENIZER_JSON, build_tokenizer_json, tokenizer_files
 
@@ -53,11 +53,11 @@ def export_int8_exact(
     source = resolve(base, kind="base", progress=progress)
     sources = [resolve(one, kind="adapter", progress=progress) for one in adapters]
     checkpoint = open_checkpoint(source.directory)
-    config = read_gpt2_config(checkpoint.config)
+    decoder = read_decoder(checkpoint.config)
     layout = model_layout(checkpoint.directory, checkpoint.config)
-    opened = [read_runtime_adapter(one.id or one.directory.name, one, layout, config) for one in sources]
-    stored = _storage(checkpoint, layout)
-    factors = _factors(opened, stored)
+    opened = [read_runtime_adapter(one.id or one.directory.name, one, layout, decoder) for one in sources]
+    stored = _storage(decoder, checkpoint, layout)
+    factors = _factors(opened, stored, decoder)
     bundle = Bundle(out, PRECISION, target, out / GRAPHS[target])
     facts: dict[str, Any] = {
         "provenance": "base and adapters",
@@ -70,22 +70,28 @@ def export_int8_exact(
     return write_bundle(bundle, checkpoint, stored, facts, extra=factors, small=small, force=force, progress=progress)
 
 
-def _storage(checkpoint: Checkpoint, layout: ModelLayout) -> dict[str, Stored]:
+def _storage(decoder: Decoder, checkpoint: Checkpoint, layout: ModelLayout) -> dict[str, Stored]:
     """By checkpoint name: codes for what 8-bit loading converts, everything else as it is stored."""
-    codes = {f"{module.removeprefix(PREFIX)}.weight" for module in quantized_modules(layout.model)}
-    wanted = gpt2_weights(read_gpt2_config(checkpoint.config), checkpoint.tensors)
+    codes = {f"{decoder.short(module)}.weight" for module in quantized_modules(layout.model)}
     stored = {}
-    for name, info in checkpoint.tensors.items():
-        short = name.removeprefix(PREFIX)
-        if short in wanted:
-            plain = Stored(info, info.dtype)
-            stored[name] = replace(plain, bits=8, transposed=True, exact=True) if short in codes else plain
+    for short, info in decoder_weights(decoder, checkpoint.tensors).items():
+        assert isinstance(info, TensorInfo), short  # a checkpoint holds nothing quantized
+        plain = Stored(info, info.dtype)
+        if short in codes and decoder.parameters[short].kind != "conv1d":
+            raise InputRefused(
+                f"int8-exact of {short!r}, a {decoder.parameters[short].kind} of {decoder.model_class}",
+                expected="Conv1D matrices (GPT-2, Cerebras-GPT)",
+                todo="export a merged checkpoint with --precision int8",
+            )
+        stored[info.name] = replace(plain, bits=8, transposed=True, exact=True) if short in codes else plain
     return stored
 
 
-def _factors(adapters: Sequence[RuntimeAdapter], stored: Mapping[str, Stored]) -> dict[str, torch.Tensor]:
+def _factors(
+    adapters: Sequence[RuntimeAdapter], stored: Mapping[str, Stored], decoder: Decoder
+) -> dict[str, torch.Tensor]:
     """float32 A^T (in, r) and scale B^T (r, out) by the weight's name: the adapters' side by side along r."""
-    names = {name.removeprefix(PREFIX): name for name, one in stored.items() if one.exact}
+    names = {decoder.short(name): name for name, one in stored.items() if one.exact}
     factors = {}
     for module in dict.fromkeys(module for adapter in adapters for module in adapter.factors):
         if f"{module}.weight" not in names:

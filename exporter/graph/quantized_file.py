@@ -67,15 +67,11 @@ def _slot(name: str, dtype: str, shape: tuple[int, ...]) -> Slot:
     return Slot(name, dtype, shape, prod(shape) * DTYPES[dtype].itemsize)
 
 
-def bits_per_weight(tensors: Iterable[Stored]) -> dict[str, float]:
-    """Bits of the file for each weight, scales and padding counted: of the blocks' matrices, and of everything."""
+def bits_per_weight(tensors: Iterable[Stored]) -> float:
+    """Bits of the file for each weight, scales and padding counted."""
     tensors = list(tensors)
-    matrices = [stored for stored in tensors if stored.bits and stored.transposed]
-    return {"matrices": round(_bits(matrices), 4), "all": round(_bits(tensors), 4)}
-
-
-def _bits(tensors: list[Stored]) -> float:
-    return 8 * sum(slot.nbytes for one in tensors for slot in one.slots()) / sum(prod(t.source.shape) for t in tensors)
+    bits = 8 * sum(slot.nbytes for stored in tensors for slot in stored.slots())
+    return round(bits / sum(prod(stored.source.shape) for stored in tensors), 4)
 
 
 def write_weights(

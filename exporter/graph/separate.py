@@ -10,10 +10,10 @@ import torch
 from exporter.errors import InputRefused, UsageError
 from exporter.files import human_bytes
 from exporter.graph.adapters import RuntimeAdapter
+from exporter.graph.architectures import read_decoder
 from exporter.graph.bundle import Bundle
+from exporter.graph.decoder import Decoder
 from exporter.graph.export import can_be_pointed_into, export_converted, export_native
-from exporter.graph.gpt2 import PREFIX, expected_shapes
-from exporter.graph.gpt2_config import Gpt2Config, read_gpt2_config
 from exporter.merging.changes import LowRank
 from exporter.merging.delta import read_factors
 from exporter.merging.lora import lora_changes
@@ -25,7 +25,6 @@ from exporter.sources.checkpoint import open_checkpoint
 from exporter.sources.hub import Source, resolve
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}")
-MATRIX = re.compile(r"h\.\d+\.(attn|mlp)\.(c_attn|c_proj|c_fc)|lm_head")
 
 
 def export_separate(
@@ -48,10 +47,10 @@ def export_separate(
         raise UsageError("no adapter", expected="--adapter, once or more")
     source = resolve(base, kind="base", progress=progress)
     checkpoint = open_checkpoint(source.directory)
-    config = read_gpt2_config(checkpoint.config)
+    decoder = read_decoder(checkpoint.config)
     named = _named([split_name(one) for one in adapters], progress)
     layout = model_layout(checkpoint.directory, checkpoint.config)
-    opened = [read_runtime_adapter(name, one, layout, config) for name, one in named.items()]
+    opened = [read_runtime_adapter(name, one, layout, decoder) for name, one in named.items()]
     in_place = os.path.realpath(out) == os.path.realpath(checkpoint.directory)
     if precision == "native" and in_place and can_be_pointed_into(checkpoint):
         return export_native(checkpoint.directory, target, adapters=opened, force=force)
@@ -92,24 +91,25 @@ def _named(given: Sequence[tuple[str | None, str | Path]], progress: Progress) -
     return found
 
 
-def read_runtime_adapter(name: str, source: Source, layout: ModelLayout, config: Gpt2Config) -> RuntimeAdapter:
+def read_runtime_adapter(name: str, source: Source, layout: ModelLayout, decoder: Decoder) -> RuntimeAdapter:
     """An adapter whose whole effect is low-rank sums in the decoder's matrices or in the head; else InputRefused.
 
     Every tensor of its file is consumed or refused by name, and so are values that are not finite or do nothing.
     """
     adapter = open_adapter(source.directory)
     if adapter.method != LORA or adapter.config.get("target_parameters"):
-        raise _not_separable(name, "target_parameters" if adapter.method == LORA else f"a {adapter.method} method")
+        what = "target_parameters" if adapter.method == LORA else f"a {adapter.method} method"
+        raise _not_separable(name, what, decoder)
     changes, consumed = lora_changes(adapter, 1.0, layout, {})
     if rest := sorted(set(adapter.tensors) - consumed):
-        raise _not_separable(name, f"the tensor {rest[0]!r}")
-    shapes = expected_shapes(config) | {"lm_head.weight": (config.vocab_size, config.n_embd)}
+        raise _not_separable(name, f"the tensor {rest[0]!r}", decoder)
+    adaptable = decoder.adaptable
     low_rank: dict[str, LowRank] = {}
     for tensor, (change, *more) in sorted(changes.items()):
-        module = tensor.removeprefix(PREFIX).removesuffix(".weight")
-        if more or not isinstance(change, LowRank) or not MATRIX.fullmatch(module):
-            raise _not_separable(name, f"{type(change).__name__} of {tensor!r}")
-        inputs, outputs = shapes[f"{module}.weight"][:: 1 if change.orientation == "in_out" else -1]
+        module = decoder.short(tensor).removesuffix(".weight")
+        if more or not isinstance(change, LowRank) or module not in adaptable:
+            raise _not_separable(name, f"{type(change).__name__} of {tensor!r}", decoder)
+        inputs, outputs = adaptable[module].inputs_outputs
         if (change.down.shape[1], change.up.shape[0]) != (inputs, outputs):
             raise InputRefused(
                 f"{name}: {module} has factors of shape {list(change.down.shape)} and {list(change.up.shape)}",
@@ -143,9 +143,10 @@ def _folded(change: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
     return down.T.contiguous(), scaled.contiguous()
 
 
-def _not_separable(name: str, what: str) -> InputRefused:
+def _not_separable(name: str, what: str, decoder: Decoder) -> InputRefused:
+    modules = dict.fromkeys(re.sub(r".*\.\d+\.", "", module) for module in decoder.adaptable)
     return InputRefused(
         f"the adapter {name} cannot stay apart from its base: it holds {what}",
-        expected="LoRA on attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj or lm_head, and nothing else",
+        expected=f"LoRA on {', '.join(modules)}, and nothing else",
         todo="merge it: exporter merge",
     )

@@ -6,10 +6,10 @@ from typing import Any
 
 from exporter.errors import EnvironmentLacking, InputRefused, UsageError
 from exporter.files import human_bytes
+from exporter.graph.architectures import read_decoder
 from exporter.graph.bundle import GRAPHS, Bundle, bundle_weights, bundles_in
+from exporter.graph.decoder import decoder_weights
 from exporter.graph.genai_config import stop_tokens
-from exporter.graph.gpt2 import gpt2_weights
-from exporter.graph.gpt2_config import read_gpt2_config
 from exporter.manifest import file_is_unchanged
 from exporter.runtime.copying_runner import CopyingRunner, require_known_interface
 from exporter.runtime.memory import free_memory, needed_memory
@@ -65,9 +65,9 @@ def load(
 def _sizes(bundle: Bundle, config: dict[str, Any]) -> tuple[int, int]:
     """Positions and vocabulary."""
     if bundle.precision != "optimum":
-        gpt2 = read_gpt2_config(config)
-        gpt2_weights(gpt2, bundle_weights(bundle))  # config.json still belongs to these weights
-        return gpt2.n_positions, gpt2.vocab_size
+        decoder = read_decoder(config)
+        decoder_weights(decoder, bundle_weights(bundle))  # config.json still belongs to these weights
+        return decoder.sizes.n_positions, decoder.sizes.vocab_size
     positions = next((config[key] for key in POSITIONS if isinstance(config.get(key), int)), None)
     vocabulary = config.get("vocab_size")
     if positions is None or not isinstance(vocabulary, int):

@@ -10,7 +10,7 @@ import onnxruntime as ort
 
 from exporter.errors import UsageError
 from exporter.graph.bundle import Bundle
-from exporter.graph.gpt2 import LOGITS_TO_KEEP
+from exporter.graph.components import LOGITS_TO_KEEP
 from exporter.runtime.adapters import NO_ADAPTER, read_adapter
 from exporter.runtime.cache import CacheShape, KeyValueCache
 from exporter.runtime.sampling import GREEDY, Sampling, generators, next_token

@@ -4,41 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from exporter.graph import export
+from tests.graph.calls import Graph, one_row, padded
 from tests.graph.conftest import TinyModel, tiny_model, tokens
 
 TOLERANCE = 1e-4  # the worst seen is 1e-6
 LENGTH = 20
-
-
-def session(graph: Path) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 4
-    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-
-
-class Graph:
-    """A graph called as any runtime calls it: the cache goes in and comes out, nothing is shared."""
-
-    def __init__(self, graph: Path) -> None:
-        self.session = session(graph)
-        self.cache = [value for value in self.session.get_inputs() if value.name.startswith("past_key_values")]
-
-    def empty(self, rows: int) -> dict[str, np.ndarray]:
-        return {value.name: np.zeros((rows, value.shape[1], 0, value.shape[3]), np.float32) for value in self.cache}
-
-    def __call__(
-        self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: dict[str, np.ndarray] | None = None
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        logits, *present = self.session.run(None, feeds | (past or self.empty(len(ids))))
-        cache = {value.name: np.asarray(array) for value, array in zip(self.cache, present, strict=True)}
-        return np.asarray(logits), cache
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +24,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 @pytest.fixture(scope="module")
 def graph(model: TinyModel) -> Graph:
     return Graph(export(model.directory)[0].graph)
-
-
-def one_row(ids: list[int], past: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return np.array([ids]), np.ones((1, past + len(ids)), np.int64), np.arange(past, past + len(ids))[None]
 
 
 def test_prefill_equals_transformers_up_to_the_last_position(model: TinyModel, graph: Graph) -> None:
@@ -75,15 +46,6 @@ def test_chunks_equal_one_call(model: TinyModel, graph: Graph, chunk: int) -> No
         logits, cache = graph(*one_row(ids[start : start + chunk], start), cache)
         parts.append(logits[0])
     np.testing.assert_allclose(np.concatenate(parts), model.logits(ids), atol=TOLERANCE, rtol=0)
-
-
-def padded(rows: list[list[int]], side: str, pad: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    width = max(map(len, rows))
-    ids, mask = np.full((len(rows), width), pad), np.zeros((len(rows), width), np.int64)
-    for i, row in enumerate(rows):
-        where = slice(width - len(row), None) if side == "left" else slice(len(row))
-        ids[i, where], mask[i, where] = row, 1
-    return ids, mask, np.maximum(mask.cumsum(1) - 1, 0)
 
 
 @pytest.mark.parametrize("pad", [0, 33, 256])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from exporter import cli
 from exporter.graph import export
-from exporter.graph.gpt2_config import ACTIVATIONS
+from exporter.graph.config_values import ACTIVATIONS
 from exporter.runtime.session import cuda_is_usable
 from tests.graph.conftest import save_byte_tokenizer, tiny_model
 from tests.pairs import edit_json

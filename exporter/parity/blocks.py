@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from exporter.errors import InputRefused
-from exporter.parity.bases import BaseOptions, meta_model, quiet, resize
+from exporter.parity.bases import BaseOptions, meta_model, quiet
 from exporter.parity.int8_base import int8_modules, int8_values
 
 Float32 = NDArray[np.float32]
@@ -64,6 +64,7 @@ class BlockModel:
         self._skeleton = _skeleton(spec)
         self._path = _blocks_path(self._skeleton)
         self._aliases = _aliases(self._skeleton)
+        self._embeddings = _embedding_weights(self._skeleton)
         self._int8 = int8_modules(meta_model(spec.directory)) if spec.options.onto == "int8" else {}
         self._stem: Any = None  # the model that is called: all but its blocks hold weights
         self._block: Any = None
@@ -127,7 +128,7 @@ class BlockModel:
         raise Unsupported(f"the forward of {type(self._skeleton).__name__} does not come to block {block}")
 
     def _let_pass(self, meet: dict[int, Callable[..., Any]]) -> Any:
-        """The model whose blocks let the hidden state pass, but for those in `meet`: called with (hidden, args, kwargs).
+        """The model whose blocks let the hidden state pass, but for `meet`, called with (hidden, args, kwargs).
 
         The blocks themselves stay in their places, without weights: some models read attributes of theirs.
         """
@@ -160,26 +161,37 @@ class BlockModel:
         self._block, self._loaded = None, None
 
     def _part(self, block: int | None) -> Any:
-        """The model with weights in one block alone, or, for None, everywhere but in the blocks; with its adapters."""
+        """A model with weights in one block alone, or, for None, everywhere but in the blocks; with its adapters."""
         model = _copy(self._skeleton)
         for name in self._names(block):
             self._fill(model, name)
         with quiet():
             model.tie_weights()
-            resize(model, self._spec.options.rows)
         if self._spec.attach is not None:
             model = self._spec.attach(model)
         if self._spec.merge is not None:
-            # What holds no weights is out of the way while PEFT merges: it has nothing to merge there.
-            blocks, kept = _find(model, self._path), list(_find(model, self._path))
-            for index in range(len(blocks)):
-                if index != block:
-                    blocks[index] = torch.nn.Identity()
-            model = self._spec.merge(model)
-            for index in range(len(kept)):
-                if index != block:
-                    _find(model, self._path)[index] = kept[index]
+            model = self._merged(model, block)
+        blocks = _find(model, self._path)
+        tensors = _tensors(model, without=blocks) if block is None else _tensors(blocks[block])
+        if any(tensor.is_meta for tensor in tensors):
+            raise Unsupported("parts of the adapter are shared between blocks")
         return model.eval()
+
+    def _merged(self, model: Any, block: int | None) -> Any:
+        """PEFT merges what holds weights; the rest is out of its way meanwhile."""
+        assert self._spec.merge is not None
+        blocks = _find(model, self._path)
+        kept = list(blocks)
+        if block is None:
+            for index in range(len(kept)):
+                blocks[index] = torch.nn.Identity()
+            model = self._spec.merge(model)
+            for index, one in enumerate(kept):
+                _find(model, self._path)[index] = one
+            return model
+        whole, model.base_model.model = model.base_model.model, torch.nn.ModuleList([kept[block]])
+        (blocks[block],) = self._spec.merge(model)
+        return whole
 
     def _names(self, block: int | None) -> list[str]:
         """Parameters and stored buffers of one part, each weight once."""
@@ -193,6 +205,8 @@ class BlockModel:
         path, _, leaf = name.rpartition(".")
         module = cast(Any, model.get_submodule(path))
         value = self._stored(name)
+        if value is not None and self._spec.options.rows is not None and name in self._embeddings:
+            value = _with_rows(value, self._spec.options.rows)
         if value is None:
             if leaf in module._parameters:
                 raise InputRefused(f"the weight {name!r} is missing", expected="every parameter of the architecture")
@@ -239,6 +253,8 @@ def _skeleton(spec: BlockSpec) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(spec.directory, trust_remote_code=False, local_files_only=True)
+    if spec.options.rows is not None:
+        config.get_text_config().vocab_size = spec.options.rows
     with quiet(), init_empty_weights(include_buffers=False):
         model = cast(Any, AutoModelForCausalLM).from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.tie_weights()
@@ -274,6 +290,25 @@ def _aliases(model: Any) -> set[str]:
     first: dict[int, str] = {}
     state = model.state_dict(keep_vars=True)
     return {name for name, value in state.items() if first.setdefault(id(value), name) != name}
+
+
+def _embedding_weights(model: Any) -> set[str]:
+    """Names of the weights with a row for every token."""
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return {f"{name}.weight" for name, module in model.named_modules() if any(module is one for one in embeddings)}
+
+
+def _with_rows(value: torch.Tensor, rows: int) -> torch.Tensor:
+    """As `resize` does it: the new rows are zero until the adapter is on."""
+    padded = torch.zeros(rows, *value.shape[1:], dtype=value.dtype)
+    padded[: len(value)] = value[:rows]
+    return padded
+
+
+def _tensors(module: Any, without: Any = ()) -> list[torch.Tensor]:
+    """Parameters and buffers of `module` but for those of the modules in `without`."""
+    left_out = {id(tensor) for one in without for tensor in [*one.parameters(), *one.buffers()]}
+    return [tensor for tensor in [*module.parameters(), *module.buffers()] if id(tensor) not in left_out]
 
 
 def _ids(tokens: Sequence[int]) -> torch.Tensor:

@@ -12,6 +12,7 @@ from exporter.graph.decoder import Architecture, Decoder, decoder_weights
 from exporter.graph.gpt2 import GPT2
 from exporter.graph.gpt_neox import GPT_NEOX
 from exporter.graph.weights import Weight
+from exporter.sources.checkpoint import check_counts
 
 ARCHITECTURES: tuple[Architecture, ...] = (GPT2, GPT_NEOX)
 SUPPORTED = ", ".join(f"{one.model_type} ({one.title})" for one in ARCHITECTURES)
@@ -31,6 +32,7 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder:
             expected=SUPPORTED,
             todo="export with --builder optimum",
         )
+    check_counts("config.json", config, 0)  # each layer is walked before the weights can show that it is missing
     return architecture.read(config)
 
 

@@ -113,6 +113,9 @@ def _check_shapes_of_values(config: Mapping[str, Any], path: Path) -> None:
         value = config.get(key) or []
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
             raise InputRefused(f"{path} has {key} {str(value)[:80]!r}", expected="a list of names")
+    targets = config.get("target_modules") or []
+    if not isinstance(targets, str | list) or not all(isinstance(name, str) for name in targets):
+        raise InputRefused(f"{path} has target_modules {str(targets)[:80]!r}", expected="names or a pattern")
     if config.get("bias") not in (None, "none", "all", "lora_only"):
         raise InputRefused(f"{path} has bias {config['bias']!r}", expected="none, all or lora_only")
 

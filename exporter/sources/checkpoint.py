@@ -94,11 +94,11 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     index = _index_path(directory, files[0].suffix)
     if index.is_file() and index.name.removesuffix(".index.json") != files[0].name:
         _check_index(index, tensors)
-    _check_counts(directory / "config.json", config, len(tensors))
+    check_counts(directory / "config.json", config, len(tensors))
     return Checkpoint(directory, config, tensors, files)
 
 
-def _check_counts(path: Path, config: Mapping[str, Any], tensors: int) -> None:
+def check_counts(path: Path | str, config: Mapping[str, Any], tensors: int) -> None:
     """Refuse a configuration of more layers, experts or labels than the weights can have."""
     counts = dict.fromkeys((LAYERS, EXPERTS, LABELS), 1)
     parts: list[Mapping[str, Any]] = [config]
@@ -134,11 +134,20 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputRefused(f"{index} has no weight_map", expected="a map from tensor names to files")
     for file in weight_map.values():
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+        if not isinstance(file, str) or not _is_file_name(file):
             raise InputRefused(
                 f"{index} names the file {str(file)[:120]!r}", expected="file names inside the directory"
             )
     return weight_map
+
+
+def _is_file_name(text: str) -> bool:
+    """True for what may be the name of a file in a directory, and nothing elsewhere."""
+    try:
+        length = len(text.encode())
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
+    return length < 256 and "\0" not in text and Path(text).name == text and text not in ("", ".", "..")
 
 
 def _shard_names(index: Path) -> list[str]:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import matplotlib.font_manager  # noqa: F401 (it writes a cache of the machine's fonts when it is first imported)
 import pytest
 
 from exporter import cli

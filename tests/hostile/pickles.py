@@ -139,10 +139,10 @@ def in_first_pickle(tree: Tree) -> None:
 
 
 def bomb(tree: Tree) -> None:
-    """A data.pkl of 2 GB that takes 2 MB in the file."""
+    """A data.pkl of 512 MB that takes half a megabyte in the file."""
     path = base_as_bin(tree)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x/data.pkl", "w") as file:
-        for _ in range(128):
+        for _ in range(32):
             file.write(bytes(16 << 20))
 
 
@@ -172,6 +172,12 @@ def edited(change: Callable[[bytes], bytes]) -> Callable[[Tree], None]:
     return damage
 
 
+def far_record(data: bytes) -> bytes:
+    """The directory says that its first record begins at 2 GB."""
+    at = data.index(b"PK\x01\x02") + 42
+    return data[:at] + b"\xff\xff\xff\x7f" + data[at + 4 :]
+
+
 def many_records(opened: zipfile.ZipFile) -> None:
     for number in range(20_000):
         opened.writestr(f"x/data/{number}", b"")
@@ -186,7 +192,7 @@ ARCHIVES: dict[str, Callable[[Tree], None]] = {
     "compressed": lambda tree: zipped(base_as_bin(tree), lambda data: data, zipfile.ZIP_DEFLATED),
     "truncated": edited(lambda data: data[: len(data) // 2]),
     "only the local headers": edited(lambda data: data[:-22]),
-    "a directory that points outside": edited(lambda data: data[:-6] + b"\xff\xff\xff\x7f" + data[-2:]),
+    "a record outside the file": edited(far_record),
     "zeros": edited(lambda data: bytes(len(data))),
     "text": edited(lambda data: b"import os\n"),
     "nothing": edited(lambda data: b""),

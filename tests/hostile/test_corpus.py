@@ -19,7 +19,7 @@ def test_refused(case: Case, tree: Tree, outside: Outside, command_line: Command
     for name in case.commands:
         code, said, violations = command_line.run(tree, outside, tree.commands()[name])
         assert not violations, name
-        assert "unexpected" not in said, (name, said)
+        assert "an unexpected " not in said, (name, said)
         assert "Traceback" not in said, (name, said)
         assert code in case.codes, (name, said)
         assert said.strip(), name

@@ -7,7 +7,7 @@ from exporter.parity import verify as comparison
 from exporter.parity.documents import Level
 from exporter.parity.result import Verification
 from exporter.progress import SILENT, Progress
-from exporter.report import write_report
+from exporter.report import prepare_directory, write_report
 
 
 def verify(
@@ -27,10 +27,13 @@ def verify(
     report: where verification.json, junit.xml, summary.md and report.html go. The other arguments and the errors are
     those of `exporter.parity.verify.verify`. A difference is no error: see the result's verdict and exit_code.
     """
+    bundles = [Path(bundle)] if isinstance(bundle, str | Path) else [Path(one) for one in bundle]
+    if report is not None:
+        prepare_directory(Path(report), bundles)
     verification = comparison.verify(
         base=base,
         adapter=adapter,
-        bundle=bundle,
+        bundle=bundles,
         weight=weight,
         prompts=prompts,
         reference=reference,

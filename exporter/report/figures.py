@@ -44,6 +44,12 @@ STATISTICS = {
 
 EXACT = ("finite", "evidence.count", "evidence.distinct")  # counted, not listed, where they passed
 STEPS = {"T -> M32": "merging", "M32 -> F": "storing the weights", "F -> O": "the graph"}
+ORIGINS = {
+    "merge": "the merge",
+    "rounding": "storing the weights in their type",
+    "quantization": "the quantization",
+    "graph": "the graph",
+}
 MAIN = ("weights.projection", "graph.max", "graph.kl", "quality.kl", "reference.excess", "cache.kl", "liveness.gain")
 
 
@@ -169,12 +175,24 @@ def answer(verification: Verification) -> str:
 
 def where(bundle: BundleResult) -> list[str]:
     """Where an error comes from, as sentences: the stage, then the layers and tensors that are wrong."""
-    found = [f"Of the steps from truth to bundle, {largest_stage(bundle)}."]
-    weak = weak_tensors(bundle)
+    found = []
+    origin = bundle.origin
+    if origin is not None:
+        found.append(f"The error arises in {ORIGINS[origin.stage]}{': ' if origin.detail else '.'}{origin.detail}")
+        if origin.parts:
+            found.append(f"It stands in {listed(origin.parts)}.")
+        if origin.tensors:
+            found.append(f"Tensors: {listed(origin.tensors)}.")
+    found.append(f"Of the steps from truth to bundle, {largest_stage(bundle)}.")
+    weak = [tensor for tensor in weak_tensors(bundle) if origin is None or tensor not in origin.tensors]
     if weak:
-        more = f" and {len(weak) - 8} more" if len(weak) > 8 else ""
-        found.append(f"The adapter does not stand once in {', '.join(weak[:8])}{more}.")
+        found.append(f"The adapter does not stand once in {listed(weak)}.")
     return found
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def largest_stage(bundle: BundleResult) -> str:

@@ -9,7 +9,7 @@ import jinja2
 from markupsafe import Markup
 
 from exporter.parity.result import BundleResult, Verification
-from exporter.report import advice, figures, plots
+from exporter.report import advice, figures, layer_plots, plots
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -37,8 +37,14 @@ def html_page(verification: Verification) -> str:
         [Drawing(one.title, one.explanation, Markup(_unique(one.svg, next(numbers)))) for one in _drawings(bundle)]
         for bundle in verification.bundles
     ]
+    bases = verification.merge_bases
+    codes = ""
+    if bases is not None and any(one.to_delta is not None for one in bases.tensors):
+        codes = Markup(_unique(layer_plots.codes_error(bases), next(numbers)))
     names = figures.bundle_names(verification.bundles)
-    return environment.get_template("report.html.j2").render(v=verification, names=names, drawings=drawings)
+    return environment.get_template("report.html.j2").render(
+        v=verification, names=names, drawings=drawings, codes=codes
+    )
 
 
 def visible(text: str) -> str:
@@ -72,6 +78,22 @@ def _drawings(bundle: BundleResult) -> list[Drawing]:
                 "The adapter, layer by layer",
                 "1: the weight carries the adapter's change exactly once. Bars: four standard errors. Dashed: limits.",
                 plots.projections(bundle),
+            )
+        )
+    if any(one.local is not None or one.graph is not None for one in bundle.layers):
+        found.append(
+            (
+                "The error, layer by layer",
+                "A part that is wrong stands out alone; what accumulates is what the next part sees.",
+                layer_plots.layer_curve(bundle),
+            )
+        )
+    if any(one.swap is not None for one in bundle.layers):
+        found.append(
+            (
+                "What one layer put right would bring",
+                "The weights' error that goes away when this part alone is the truth's. Below 0: it cancels another's.",
+                layer_plots.layer_swaps(bundle),
             )
         )
     if len(bundle.by_position) > 1:

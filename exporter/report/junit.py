@@ -9,8 +9,8 @@ from collections import defaultdict
 from xml.etree import ElementTree
 
 from exporter.parity.result import BundleResult, GateResult, Mutant, Verification
-from exporter.report.advice import SURVIVED, advice
-from exporter.report.figures import bundle_names, figure, statistic_name
+from exporter.report.advice import SURVIVED, advice, steps
+from exporter.report.figures import bundle_names, figure, statistic_name, where
 
 
 def junit_xml(verification: Verification) -> bytes:
@@ -65,7 +65,7 @@ def _verdict_case(classname: str, bundle: BundleResult) -> ElementTree.Element:
         *([f"quality {bundle.quality}"] if bundle.quality else []),
         *bundle.notes,
     ]
-    _outcome(case, bundle.verdict, "; ".join(facts), "")
+    _outcome(case, bundle.verdict, "; ".join(facts), " ".join([*where(bundle), *steps(bundle)]))
     return case
 
 

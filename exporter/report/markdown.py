@@ -15,7 +15,7 @@ from exporter.report.figures import (
     source_name,
     statistic_name,
     telling,
-    weak_tensors,
+    where,
 )
 
 MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "⚠️"}
@@ -37,6 +37,12 @@ def markdown_summary(verification: Verification) -> str:
     ]
     for name, bundle in zip(bundle_names(verification.bundles), verification.bundles, strict=True):
         lines += _bundle(name, bundle)
+    if verification.merge_bases is not None and verification.merge_bases.bases:
+        lines += ["## Merge onto which base", "", "| onto | KL to the 8-bit reference | KL to the fp32 truth |"]
+        lines += ["| --- | ---: | ---: |"]
+        for base in verification.merge_bases.bases:
+            lines.append(f"| {base.onto} | {figure(base.to_reference)} | {figure(base.to_truth)} |")
+        lines.append("")
     return "\n".join(lines)
 
 
@@ -57,14 +63,14 @@ def _bundle(name: str, bundle: BundleResult) -> list[str]:
     lines += [_row(gate) for gate in shown[:ROWS]]
     if len(shown) > ROWS:
         lines += ["", f"and {len(shown) - ROWS} more, in report.html."]
-    weak = weak_tensors(bundle)
-    if weak:
-        more = f" and {len(weak) - 8} more" if len(weak) > 8 else ""
-        lines += ["", f"**Where:** {', '.join(_code(tensor) for tensor in weak[:8])}{more}."]
+    if bundle.verdict != "PASS":
+        lines += ["", "**Where it comes from**", "", *(f"- {_text(sentence)}" for sentence in where(bundle))]
     survivors = [mutant.name for mutant in bundle.mutants if mutant.outcome == "survived"]
     if survivors:
         lines += ["", f"**Survived:** {', '.join(survivors)}. A check that misses these proves nothing."]
-    lines += ["", *(f"- {step}" for step in steps(bundle))]
+    todo = steps(bundle)
+    if todo:
+        lines += ["", "**What to do**", "", *(f"- {step}" for step in todo)]
     return [*lines, ""]
 
 

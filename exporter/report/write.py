@@ -1,12 +1,40 @@
 """All artefacts of a verification in one directory, each written whole or not at all."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from exporter.errors import EnvironmentLacking, UsageError
 from exporter.files import write_atomically
 from exporter.parity.result import Verification
 from exporter.report.html import html_page
 from exporter.report.junit import junit_xml
 from exporter.report.markdown import markdown_summary
+
+FILES = ("verification.json", "junit.xml", "summary.md", "report.html")
+
+
+def prepare_directory(directory: Path, bundles: Sequence[Path]) -> None:
+    """Make `directory` before anything is compared, and take an older report away: a run that is refused leaves none.
+
+    UsageError where it is a file, or inside a bundle: verify writes into none. EnvironmentLacking where it cannot be
+    written.
+    """
+    for bundle in bundles:
+        if directory.resolve().is_relative_to(bundle.resolve()):
+            raise UsageError(
+                f"the report would go into the bundle {bundle}", expected="a --report directory outside of every bundle"
+            )
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory} is a file", expected="a directory for the report")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            (directory / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise EnvironmentLacking(
+            f"the report's directory {directory} cannot be written ({error.strerror})",
+            expected="a directory that can be written",
+        ) from error
 
 
 def write_report(verification: Verification, directory: Path) -> None:

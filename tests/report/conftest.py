@@ -9,10 +9,15 @@ from exporter.parity.result import (
     SCHEMA_VERSION,
     BundleResult,
     CacheCheck,
+    CodesError,
     GateResult,
     Histogram,
     Inputs,
+    Layer,
+    MergeBase,
+    MergeBases,
     Mutant,
+    Origin,
     PositionKL,
     Projection,
     Stage,
@@ -99,6 +104,11 @@ def bundle(verdict: str) -> BundleResult:
         by_position=tuple(PositionKL(20 * i, 20 * i + 20, 2e-7 * (1 + (i * 7) % 5), 150) for i in range(16)),
         worst=tuple(WorstToken(i, 7 + i, 0.1 / (i + 1), HOSTILE, " token", "\n", "b") for i in range(20)),
         notes=("a note",) if bad else (),
+        layers=tuple(
+            Layer(part, 1e-9 * (1 + i % 3) * (1e4 if bad and part == "block 3" else 1), 1e-8 * (i + 1), 0.1, 1e-13)
+            for i, part in enumerate(["embeddings", *(f"block {i}" for i in range(8)), "head"])
+        ),
+        origin=Origin("merge", ("block 3",), ("h.3.attn.c_attn.weight",), "share 0.5 of the change") if bad else None,
     )
 
 
@@ -131,6 +141,13 @@ def verification(verdict: str) -> Verification:
             replace(bundle("PASS"), directory="artifacts/demo/int8", format="int8", quality="PASS"),
         ),
         notes=("2 of 32 documents were cut",),
+        merge_bases=MergeBases(
+            (
+                MergeBase("original", 9e-4, 8e-4, 1e-3, 2e-12, 1e-12, 3e-12),
+                MergeBase("int8", 6e-4, 5e-4, 7e-4, 9e-4, 8e-4, 1e-3),
+            ),
+            tuple(CodesError(f"h.{i}.attn.c_attn.weight", 0.6 + 0.05 * i, 0.009) for i in range(8)),
+        ),
     )
 
 

@@ -1,5 +1,15 @@
 """One class per exit code. An error is one message: what was seen, what was expected, what to do."""
 
+import errno
+
+# What the system says of itself, and not of what it was asked.
+SYSTEM = frozenset(
+    getattr(errno, name)
+    for name in "ENOSPC EDQUOT EFBIG EIO ENOMEM EROFS EACCES EPERM EMFILE ENFILE ENAMETOOLONG ESTALE".split()
+)
+# How torch, numpy, ONNX Runtime and the interpreter say that there is no memory.
+NO_MEMORY = ("allocate memory", "not enough memory", "bad alloc", "bad_alloc", "start new thread", "out of memory")
+
 
 class ExporterError(Exception):
     """Base of every error that the command line turns into a message and an exit code."""
@@ -44,3 +54,19 @@ class EnvironmentLacking(ExporterError):
     """Disk, memory, network, a dependency, an execution provider or a port is missing."""
 
     exit_code = 5
+
+
+def lacking(error: Exception) -> EnvironmentLacking | None:
+    """An error that a disk or too little memory causes at any call, as what it is; None for every other error."""
+    text = str(error)
+    if isinstance(error, MemoryError) or any(sign in text.lower() for sign in NO_MEMORY):
+        return EnvironmentLacking(
+            f"there is not enough memory ({text.splitlines()[0][:200] if text else 'an allocation failed'})",
+            todo="free memory or raise the limit, then run the same command again",
+        )
+    if isinstance(error, OSError) and error.errno in SYSTEM:
+        where = f"{error.filename}: " if error.filename else ""
+        return EnvironmentLacking(
+            f"{where}{error.strerror}", todo="free or check the disk and its permissions, then run the command again"
+        )
+    return None

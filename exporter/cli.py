@@ -15,7 +15,7 @@ import typer
 
 import exporter
 from exporter import presentation
-from exporter.errors import ExporterError, UsageError
+from exporter.errors import EnvironmentLacking, ExporterError, UsageError, lacking
 from exporter.progress import Progress
 from exporter.spec import parse_size
 from exporter.terminal import terminal_progress
@@ -490,12 +490,12 @@ def main() -> None:
     except Exception as error:
         if "-v" in sys.argv or "--verbose" in sys.argv:
             raise
-        print(
-            f"error: an unexpected {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
-            "what to do: run the command again with -v and report the traceback: this is a bug",
-            file=sys.stderr,
+        message = lacking(error) or (
+            f"an unexpected {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
+            "what to do: run the command again with -v and report the traceback: this is a bug"
         )
-        code = 5
+        print(f"error: {message}", file=sys.stderr)
+        code = EnvironmentLacking.exit_code
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -19,6 +19,7 @@ from exporter.merging.threads import single_threaded
 from exporter.progress import SILENT, Progress
 from exporter.sources.checkpoint import TensorInfo, read_rows, read_tensor
 from exporter.sources.tensors import DTYPES, FLOATS, NAMES
+from exporter.sources.unchanged import require_unchanged, watch
 
 # Elements that a thread reads at once: 4 MB in float16.
 ELEMENTS = 2 << 20
@@ -85,9 +86,10 @@ def write_weights(
 
     One tensor is quantized by all cores while the one before is hashed and written; no more than two are in memory.
     Raises EnvironmentLacking before writing when the disk is too small, InputRefused for values that are not finite
-    or that do not fit the type asked for.
+    or that do not fit the type asked for, and for a file that was replaced while it was read.
     """
     extra = extra or {}
+    watched = watch(stored.source.file for stored in tensors.values())
     small = [_slot(name, NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in extra.items()]
     layout = lay_out([*(slot for stored in tensors.values() for slot in stored.slots()), *small])
     require_free_space(path.parent, layout.size, f"writing {path.name}")
@@ -112,6 +114,7 @@ def write_weights(
                 task.advance(stored.source.nbytes)
             pending.result()
             digests = sink.finish()
+        require_unchanged(watched)
         publish(partial, path)
     except OSError as error:
         raise EnvironmentLacking(

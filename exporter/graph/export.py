@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from exporter.errors import InputRefused, UsageError
-from exporter.files import lock_directory, removed_if_empty, write_atomically
+from exporter.files import disk_errors, lock_directory, removed_if_empty, write_atomically
 from exporter.graph.adapters import (
     SUFFIX,
     TEMPLATE_SUFFIX,
@@ -29,6 +29,7 @@ from exporter.manifest import describe_file, file_is_unchanged, read_manifest, v
 from exporter.progress import SILENT, Progress
 from exporter.sources.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from exporter.sources.tokenizer import TOKENIZER_JSON, build_tokenizer_json
+from exporter.sources.unchanged import require_unchanged, watch
 
 PRECISIONS = ("native", "fp32", "fp16", "int8", "int4", "int8-exact")
 BUILDERS = ("native", "optimum")
@@ -159,7 +160,8 @@ def export_native(
     decoder = read_decoder(checkpoint.config)
     directory = checkpoint.directory
     bundle = Bundle(directory, "native", target, directory / GRAPHS[target])
-    with lock_directory(directory):
+    with lock_directory(directory), disk_errors(directory):
+        watched = watch(checkpoint.files)
         manifest = read_manifest(directory)
         _refuse_foreign(bundle, manifest, force=force)
         _refuse_foreign_adapters(bundle, manifest, adapters, force=force)
@@ -167,6 +169,7 @@ def export_native(
         unseen = [file for file in checkpoint.files if known_sha256(file, manifest) is None]
         require_finite(info for info in checkpoint.tensors.values() if info.file in unseen)
         weights = {file.name: describe_known(file, manifest) for file in checkpoint.files}
+        require_unchanged(watched)
         _write_graph(bundle, decoder, checkpoint.tensors, checkpoint.config, adapters)
         facts = {"provenance": "merge" if merged else "unknown"} | adapter_facts(adapters)
         section = _section(bundle, weights, facts)
@@ -215,7 +218,7 @@ def write_bundle(
     directory = bundle.directory
     manifest = read_manifest(checkpoint.directory)
     _refuse_foreign_directory(directory, bundle.stage, force=force)
-    with removed_if_empty(directory), lock_directory(directory):
+    with removed_if_empty(directory), lock_directory(directory), disk_errors(directory):
         sources = {file.name: describe_known(file, manifest)["sha256"] for file in checkpoint.files}
         digests = write_weights(directory / WEIGHTS, stored, progress, extra=extra)
         if small is None:

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from exporter.errors import InputRefused
+from exporter.errors import InputRefused, lacking
 from exporter.files import sha256_file, write_atomically
 
 MANIFEST = "exporter.json"
@@ -30,6 +30,8 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
             if not isinstance(section, dict) or not _is_map_of_maps(section.get("files", {})):
                 raise ValueError(f"stage {name}")
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        if system := lacking(error):
+            raise system from error
         raise InputRefused(
             f"{path} is not a manifest this version reads ({error})",
             expected=f'a JSON object with "format": {FORMAT} and "stages"',

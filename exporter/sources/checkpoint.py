@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.errors import InputRefused
+from exporter.errors import InputRefused, lacking
 from exporter.sources import safetensors_file, torch_file
 from exporter.sources.json_text import parse_json
 from exporter.sources.own_files import require_own_files
@@ -49,6 +49,8 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path.name} is missing in {path.parent}", expected="a model directory", todo="check the path"
         ) from error
     except (ValueError, OSError) as error:
+        if system := lacking(error):
+            raise system from error
         raise InputRefused(
             f"{path} is not JSON ({error})", expected="a JSON object", todo="fetch the file again"
         ) from error

@@ -119,16 +119,33 @@ def _as_spec(
 
 
 def _refuse_foreign_directory(directory: Path, force: bool) -> None:
-    if force or not directory.exists() or (directory / LOCK).exists():
+    if force or not directory.exists():
         return
     if not directory.is_dir():
         raise UsageError(f"{directory} is a file", expected="a directory", todo="choose another --out")
-    if read_manifest(directory) is None and any(directory.iterdir()):
+    if read_manifest(directory) is None and not _is_begun(directory):
         raise UsageError(
             f"{directory} holds something else",
             expected="an empty directory or the output of an earlier run",
             todo="choose another --out, or --force",
         )
+
+
+def _is_begun(directory: Path) -> bool:
+    """True if nothing stands in `directory` but what a run leaves that was killed before its first stage was noted.
+
+    That is a merge, finished or not: until it is finished some of it has partial names. A lock file alone is no leave
+    to overwrite, since a native export that was killed leaves one in the user's own model directory.
+    """
+    content = {path.name for path in directory.iterdir() if not _is_passing(path.name)}
+    if content != {"merged"} or not (directory / "merged").is_dir():
+        return not content
+    merged = {path.name for path in (directory / "merged").iterdir()}
+    return MANIFEST in merged or all(map(_is_passing, merged)) or any(name.endswith(".partial") for name in merged)
+
+
+def _is_passing(name: str) -> bool:
+    return name == LOCK or (name.startswith(".") and name.endswith(".partial"))
 
 
 class _Run:

@@ -6,13 +6,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from exporter.errors import InputRefused, UsageError
+from exporter.files import disk_errors, lock_directory, removed_if_empty
 from exporter.parity.documents import Level, tokens_sha256
 from exporter.parity.inputs import find_template, make_documents, open_pair, resolve_pair
 from exporter.parity.models import TorchScorer, load_reference, reference_environment
-from exporter.parity.reference import capture_store
+from exporter.parity.reference import capture_store, read_capture
 from exporter.parity.scoring import LogitStore
 from exporter.progress import SILENT, Progress
 from exporter.prompts import TEMPLATES
+from exporter.sources.unchanged import require_unchanged, watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +45,24 @@ def capture(
     """Run the 8-bit reference and write it to `out` (safetensors), for `verify(reference=out)`.
 
     `prompts`, `level` and the chat template (a name or text; default: the adapter's, else the base's) must be those of
-    the later run, which refuses a file made from other tokens.
+    the later run, which refuses a file made from other tokens. Raises UsageError where `out` is something else.
     """
-    pair = open_pair(*resolve_pair(base, adapter, weight, progress), progress)
-    text = TEMPLATES.get(template, template) if template else find_template([], pair)
-    documents, _ = make_documents(pair, Path(prompts) if prompts else None, level, text)
     path = Path(out)
-    with tempfile.TemporaryDirectory(prefix="exporter-capture-") as scratch:
+    _refuse_foreign_file(path)
+    resolved, weighted = resolve_pair(base, adapter, weight, progress)
+    watched = watch(file for source in (resolved, *(one for one, _ in weighted)) for file in source.iterdir())
+    with (
+        removed_if_empty(path.parent),
+        lock_directory(path.parent),  # before the work: a second process would write under the same partial name
+        disk_errors(path.parent),
+        tempfile.TemporaryDirectory(prefix="exporter-capture-") as scratch,
+    ):
+        pair = open_pair(resolved, weighted, progress)
+        text = TEMPLATES.get(template, template) if template else find_template([], pair)
+        documents, _ = make_documents(pair, Path(prompts) if prompts else None, level, text)
         store = LogitStore(Path(scratch), documents, pair.vocabulary)
         store.score("R", TorchScorer(load_reference(pair.base, pair.weighted, pair.rows)), progress)
+        require_unchanged(watched)
         capture_store(
             store,
             path,
@@ -60,3 +72,17 @@ def capture(
             environment=reference_environment(),
         )
     return Captured(path, len(documents), store.rows, path.stat().st_size)
+
+
+def _refuse_foreign_file(path: Path) -> None:
+    """A file that is no capture is not written over."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory", expected="a file", todo="choose another --out")
+    if path.exists():
+        try:
+            read_capture(path)
+        except InputRefused as error:
+            raise UsageError(
+                f"{path} is there and is no capture", expected="a new file or an earlier capture",
+                todo="choose another --out",
+            ) from error

@@ -5,7 +5,7 @@ import errno
 # What the system says of itself, and not of what it was asked.
 SYSTEM = frozenset(
     getattr(errno, name)
-    for name in "ENOSPC EDQUOT EFBIG EIO ENOMEM EROFS EACCES EPERM EMFILE ENFILE ENAMETOOLONG ESTALE".split()
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "ENOMEM", "EROFS", "EACCES", "EPERM", "EMFILE", "ENFILE")
 )
 # How torch, numpy, ONNX Runtime and the interpreter say that there is no memory.
 NO_MEMORY = ("allocate memory", "not enough memory", "bad alloc", "bad_alloc", "start new thread", "out of memory")

@@ -50,7 +50,7 @@ def capture(
     path = Path(out)
     _refuse_foreign_file(path)
     resolved, weighted = resolve_pair(base, adapter, weight, progress)
-    watched = watch(file for source in (resolved, *(one for one, _ in weighted)) for file in source.iterdir())
+    watched = watch(file for source in (resolved, *(one for one, _ in weighted)) for file in source.glob("*"))
     with (
         removed_if_empty(path.parent),
         lock_directory(path.parent),  # before the work: a second process would write under the same partial name
@@ -83,6 +83,7 @@ def _refuse_foreign_file(path: Path) -> None:
             read_capture(path)
         except InputRefused as error:
             raise UsageError(
-                f"{path} is there and is no capture", expected="a new file or an earlier capture",
+                f"{path} is there and is no capture",
+                expected="a new file or an earlier capture",
                 todo="choose another --out",
             ) from error

@@ -10,21 +10,32 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from exporter.errors import InputRefused, UsageError
-from exporter.files import lock_directory, partial_path, publish, removed_if_empty, require_free_space, write_atomically
-from exporter.manifest import describe_file, read_manifest, stamp, versions, write_stage
+from exporter.errors import ExporterError, InputRefused, UsageError
+from exporter.files import (
+    LOCK,
+    disk_errors,
+    lock_directory,
+    partial_path,
+    publish,
+    removed_if_empty,
+    require_free_space,
+    write_atomically,
+)
+from exporter.manifest import describe_file, file_is_unchanged, read_manifest, stamp, versions, write_stage
 from exporter.merging.card import index_bytes, shard_names
 from exporter.merging.changes import AddVector, LowRank
 from exporter.merging.journal import FinishedShard, Journal
 from exporter.merging.layout import Slot, lay_out
 from exporter.merging.output import OutputTensor
 from exporter.merging.plan import MergePlan, plan_merge, split_shards
+from exporter.merging.publish import remove_partials
 from exporter.merging.request import STAGE as MERGE
 from exporter.merging.shards import write_shards
 from exporter.progress import SILENT, Progress
 from exporter.sources.adapter import open_adapter
 from exporter.sources.checkpoint import Checkpoint, open_checkpoint
 from exporter.sources.hub import resolve
+from exporter.sources.unchanged import require_unchanged, watch
 
 STAGE = "unmerge"
 
@@ -57,20 +68,27 @@ def unmerge(
     """Write to `out` the weights that `merged` was made from, every tensor checked against the digest in its manifest.
 
     adapter: those of the merge, in its order. base: where to take tensors from that arithmetic cannot restore.
-    Raises InputRefused where a tensor cannot be restored, UsageError if `out` is not empty; then nothing is written.
+    One that was killed goes on. Raises InputRefused where a tensor cannot be restored, UsageError if `out` holds
+    something else; then nothing is written.
     """
     directory, target = Path(merged), Path(out)
     section = _merge_section(directory)
     adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter)
     checkpoint = open_checkpoint(directory)
     original = open_checkpoint(resolve(base, kind="base", progress=progress).directory) if base is not None else None
+    watched = watch([*checkpoint.files, *(original.files if original else ())])
     plan = _plan(checkpoint, original, adapters, section, progress)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"{target} is not an empty directory", expected="one to write to", todo="choose another --out")
+    if _is_done(target, checkpoint.directory, section):
+        with suppress(ExporterError, OSError), lock_directory(target):
+            remove_partials(target, None)
+        return _unmerged(target, plan)
+    request = {"unmerge": str(directory), "tensors": section["tensors"]}
+    _refuse_foreign_directory(target, Journal(target, request))
     layouts = [lay_out(Slot(t.name, t.dtype, t.shape, t.nbytes) for t in shard) for shard in plan.shards]
-    require_free_space(target, sum(layout.size for layout in layouts), "the unmerged checkpoint")
-    with removed_if_empty(target), lock_directory(target):
-        journal = Journal(target, {"unmerge": str(directory)})
+    with removed_if_empty(target), lock_directory(target), disk_errors(target):
+        journal = Journal(target, request)
+        remove_partials(target, journal)
+        require_free_space(target, sum(layout.size for layout in layouts) - journal.nbytes, "the unmerged checkpoint")
         try:
             shards = write_shards(
                 target,
@@ -79,7 +97,7 @@ def unmerge(
                 journal,
                 memory=memory,
                 proven=True,
-                check_inputs=lambda: None,
+                check_inputs=lambda: require_unchanged(watched),
                 progress=progress,
             )
             _check_digests(plan, shards, section)
@@ -89,6 +107,28 @@ def unmerge(
                 partial_path(target / name).unlink(missing_ok=True)
             raise
         return _publish(target, plan, shards, journal, section, (original or checkpoint).directory)
+
+
+def _is_done(target: Path, merged: Path, section: Mapping[str, Any]) -> bool:
+    """True if `target` holds what this merge was made from, and every file of it is as it was written."""
+    manifest = read_manifest(target) if target.is_dir() else None
+    done = (manifest or {"stages": {}})["stages"].get(STAGE)
+    if not done or done.get("merged") != str(merged):
+        return False
+    wanted = {name: entry.get("source_sha256", entry["sha256"]) for name, entry in section["tensors"].items()}
+    same = {name: entry["sha256"] for name, entry in done["tensors"].items()} == wanted
+    return same and all(file_is_unchanged(target / name, entry) for name, entry in done["files"].items())
+
+
+def _refuse_foreign_directory(target: Path, journal: Journal) -> None:
+    """UsageError if `target` holds anything but what an unmerge that was killed has left."""
+    if not target.exists():
+        return
+    content = [path for path in target.iterdir() if path.name != LOCK and not path.name.endswith(".partial")] if (
+        target.is_dir()
+    ) else [target]
+    if content and not journal.is_begun:
+        raise UsageError(f"{target} is not an empty directory", expected="one to write to", todo="choose another --out")
 
 
 def _merge_section(directory: Path) -> Mapping[str, Any]:
@@ -179,8 +219,6 @@ def _publish(
     for name, data in small.items():
         write_atomically(out / name, data)
     files = {name: {**stamp(out / name), "sha256": shard.proof.sha256} for name, shard in shards.items() if shard.proof}
-    changed = [t for t in plan.tensors if t.changes]
-    from_base = [t.name for t in plan.tensors if t.source.file.parent != source]
     write_stage(
         out,
         STAGE,
@@ -192,4 +230,11 @@ def _publish(
         },
     )
     journal.forget()
-    return UnmergedCheckpoint(out, tuple(t.name for t in changed), tuple(from_base))
+    return _unmerged(out, plan)
+
+
+def _unmerged(out: Path, plan: MergePlan) -> UnmergedCheckpoint:
+    computed = tuple(t.name for t in plan.tensors if t.changes)
+    return UnmergedCheckpoint(
+        out, computed, tuple(t.name for t in plan.tensors if t.source.file.parent != plan.base.directory)
+    )

@@ -94,5 +94,10 @@ def test_the_manifest_says_what_was_restored(pair: Pair, tmp_path: Path) -> None
     manifest = read_manifest(tmp_path / "restored")
     assert manifest is not None
     assert len(manifest["stages"]["unmerge"]["tensors"]) == 40
+    inode = (tmp_path / "restored/model.safetensors").stat().st_ino
+    again = exporter.unmerge(tmp_path / "merged", adapter=pair.adapter, out=tmp_path / "restored", base=pair.base)
+    assert len(again.from_base) == 3
+    assert (tmp_path / "restored/model.safetensors").stat().st_ino == inode, "what is done was made again"
+    (tmp_path / "restored/config.json").write_text("{}")
     with pytest.raises(UsageError, match="not an empty directory"):
         exporter.unmerge(tmp_path / "merged", adapter=pair.adapter, out=tmp_path / "restored", base=pair.base)

@@ -6,6 +6,7 @@ of the base; those that rounding has put out of reach are taken from the base, b
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from exporter.merging.journal import FinishedShard, Journal
 from exporter.merging.layout import Slot, lay_out
 from exporter.merging.output import OutputTensor
 from exporter.merging.plan import MergePlan, plan_merge, split_shards
-from exporter.merging.publish import remove_partials
+from exporter.merging.publish import place_of, remove_partials
 from exporter.merging.request import STAGE as MERGE
 from exporter.merging.shards import write_shards
 from exporter.progress import SILENT, Progress
@@ -124,9 +125,8 @@ def _refuse_foreign_directory(target: Path, journal: Journal) -> None:
     """UsageError if `target` holds anything but what an unmerge that was killed has left."""
     if not target.exists():
         return
-    content = [path for path in target.iterdir() if path.name != LOCK and not path.name.endswith(".partial")] if (
-        target.is_dir()
-    ) else [target]
+    names = [path.name for path in target.iterdir()] if target.is_dir() else [target.name]
+    content = [name for name in names if name != LOCK and not name.endswith(".partial")]
     if content and not journal.is_begun:
         raise UsageError(f"{target} is not an empty directory", expected="one to write to", todo="choose another --out")
 
@@ -208,7 +208,8 @@ def _publish(
     configuration: Path,
 ) -> UnmergedCheckpoint:
     for name in shards:
-        publish(partial_path(out / name), out / name)
+        if (place := place_of(out / name)) != out / name:  # else it has its name from a run that was killed
+            publish(place, out / name)
     small = {"model.safetensors.index.json": index_bytes(plan)} if len(shards) > 1 else {}
     source = plan.base.directory
     for name in section["files"]:

@@ -3,10 +3,8 @@
 import errno
 
 # What the system says of itself, and not of what it was asked.
-SYSTEM = frozenset(
-    getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "ENOMEM", "EROFS", "EACCES", "EPERM", "EMFILE", "ENFILE")
-)
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE)
+SYSTEM = (*DISK, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG)
 # How torch, numpy, ONNX Runtime and the interpreter say that there is no memory.
 NO_MEMORY = ("allocate memory", "not enough memory", "bad alloc", "bad_alloc", "start new thread", "out of memory")
 

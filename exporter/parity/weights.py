@@ -18,6 +18,7 @@ from exporter.sources.checkpoint import TensorInfo, read_tensor
 from exporter.sources.tensors import FLOATS, item_size
 
 Float = NDArray[np.float64]
+SUM_ERROR = 2.0**-18  # of float32 sums of products, relative to the largest of a matrix
 NUMPY = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}
 
 
@@ -216,9 +217,11 @@ def within_step(weight: Quantized, stored: Float, wanted: Float) -> bool:
     """Every element within one step of `wanted`; one that is clipped at an end of its range may lie further out.
 
     Clipping only ever pulls a weight inwards, and by at most half of its range: an edited scale does neither.
+    bitsandbytes gives a row of zeros the scale 0. Its step is then what float32 loses of the adapter's sum beside it.
     """
     steps, clipped = (tensor.numpy() for tensor in quantization_steps(weight))
-    distance = np.abs(stored - wanted) / steps
+    smallest = max(np.finfo(np.float32).tiny, SUM_ERROR * float(np.abs(wanted).max(initial=0)))
+    distance = np.abs(stored - wanted) / np.where(steps > 0, steps, smallest)
     inward = clipped & (np.abs(wanted) >= np.abs(stored)) & (distance <= 1 << (weight.bits - 1))
     return bool(np.isfinite(stored).all() and ((distance <= 1) | inward).all())
 

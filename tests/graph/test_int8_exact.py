@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2LMHeadMod
 from exporter.errors import InputRefused, UsageError
 from exporter.graph import Bundle, dequantized_weights, export
 from exporter.graph.export import ACCURACY_LEVEL
-from exporter.graph.weights import WEIGHTS
+from exporter.graph.weights import WEIGHTS, Quantized, open_weights
+from exporter.parity.weights import read_values, within_step
 from exporter.runtime.load import load
 from tests.graph.conftest import tokens
 from tests.pairs import Pair, gpt2_config, lora_config, make_pair, rewrite, save_adapter
@@ -228,3 +229,33 @@ def test_arguments_that_do_not_belong_together_are_usage_errors(tmp_path: Path) 
         export(base=tmp_path, adapter=tmp_path, precision=["int8-exact", "int8"], out=tmp_path / "out")
     with pytest.raises(UsageError, match="no adapter"):
         export(base=tmp_path, precision=["int8-exact"], out=tmp_path / "out")
+
+
+def test_an_output_whose_weights_are_all_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes' scale of it is 0: the adapter alone speaks there, and a change of it is still seen."""
+    monkeypatch.setitem(ACCURACY_LEVEL, "cpu", 1)
+    pair = make_pair(tmp_path, gpt2_config(), lora=lora_config(**WIDE))
+    dead = "transformer.h.0.attn.c_attn.weight"
+
+    def kill(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors[dead][:, 7] = 0
+        return tensors
+
+    rewrite(pair.base / "model.safetensors", kill)
+    bundle = exact(pair, tmp_path / "out")
+    weight = open_weights(bundle.directory / WEIGHTS)[dead]
+    assert isinstance(weight, Quantized)
+    assert not load_file(bundle.directory / WEIGHTS)[weight.scales.name][7].any()
+
+    peft_model = peft_over_the_codes(pair)
+    np.testing.assert_allclose(load(bundle, threads=1).logits(IDS), logits(peft_model), atol=1e-4, rtol=0)
+    module: Any = peft_model.get_submodule("base_model.model.transformer.h.0.attn.c_attn")
+    merged = module.base_layer.weight.double() + module.get_delta_weight("0").double()
+    wanted, stored = merged.detach().numpy(), read_values(weight)
+    assert np.abs(wanted[:, 7]).max() > 0
+    assert within_step(weight, stored, wanted)
+    assert within_step(weight, np.zeros_like(stored), np.zeros_like(stored))
+    for changed in (stored[5, 7] + 0.01 * np.abs(wanted).max(), np.nan, np.inf):
+        wrong = stored.copy()
+        wrong[5, 7] = changed
+        assert not within_step(weight, wrong, wanted)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from exporter.errors import InputRefused, UsageError
-from exporter.files import human_bytes
+from exporter.files import human_bytes, sha256_file
 from exporter.graph.adapters import RuntimeAdapter
 from exporter.graph.architectures import read_decoder
 from exporter.graph.bundle import Bundle
@@ -20,7 +20,7 @@ from exporter.merging.lora import lora_changes
 from exporter.merging.modules import ModelLayout, model_layout
 from exporter.progress import SILENT, Progress
 from exporter.prompts import chat_template
-from exporter.sources.adapter import LORA, open_adapter
+from exporter.sources.adapter import CONFIG, LORA, open_adapter
 from exporter.sources.checkpoint import open_checkpoint
 from exporter.sources.hub import Source, resolve
 
@@ -127,6 +127,7 @@ def read_runtime_adapter(name: str, source: Source, layout: ModelLayout, decoder
     facts = {
         "source": source.id or str(source.directory),
         "commit": source.commit,
+        "files": {path.name: sha256_file(path) for path in (adapter.file, adapter.directory / CONFIG)},
         "rank_and_scale": {module: [change.rank, change.scale] for module, change in low_rank.items()},
     }
     return RuntimeAdapter(name, factors, facts, chat_template(source.directory))

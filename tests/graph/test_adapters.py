@@ -1,5 +1,6 @@
 """Separate adapters: no adapter is transformers' base, each adapter is PEFT's unmerged model, in every runtime."""
 
+import hashlib
 import json
 import logging
 import shutil
@@ -14,7 +15,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 import exporter
 from exporter import cli
@@ -70,7 +71,7 @@ def oracle(base: Path, adapter: Path | None, ids: list[int]) -> np.ndarray:
 
 def make_adapter(base: Path, directory: Path, options: dict[str, Any], seed: int) -> Path:
     """Saved by PEFT, with random factors in place of the zeros that it starts from."""
-    model = get_peft_model(GPT2LMHeadModel.from_pretrained(base), LoraConfig(**options, task_type="CAUSAL_LM"))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**options, task_type="CAUSAL_LM"))
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -230,7 +231,11 @@ def test_the_bundle_is_plain_and_passes_the_checker(family: Family) -> None:
     state = family.base.model.state_dict()
     for name, value in dequantized_weights(family.bundle):
         assert torch.equal(value, state[name])
-    assert family.bundle.section["adapters"]["attention"]["rank_and_scale"]["h.0.attn.c_attn"] == [4, 4.0]
+    facts = family.bundle.section["adapters"]["attention"]
+    assert facts["rank_and_scale"]["h.0.attn.c_attn"] == [4, 4.0]
+    for name in ("adapter_model.safetensors", "adapter_config.json"):  # which adapter it is, for `verify`
+        digest = hashlib.sha256((family.adapters["attention"] / name).read_bytes()).hexdigest()
+        assert facts["files"][name] == digest
 
 
 def test_scale_is_folded_into_b_in_float32(family: Family) -> None:
@@ -492,3 +497,23 @@ def test_foreign_adapter_files_are_not_overwritten(family: Family, tmp_path: Pat
         export(base=base, adapter=family.adapters["head"], adapters="separate", out=base)
     assert (base / "head.onnx_adapter").read_text() == "mine"
     assert not (base / "model.onnx").exists()
+
+
+def test_an_adapter_that_is_left_out_leaves_no_file_behind(family: Family, tmp_path: Path) -> None:
+    spoken = shutil.copytree(family.adapters["head"], tmp_path / "spoken")
+    (spoken / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
+    everyone = [family.adapters["attention"], spoken, f"changed={family.adapters['patterns']}"]
+    out, base = tmp_path / "out", family.base.directory
+    export(base=base, adapter=everyone, adapters="separate", target=["cpu", "cuda"], out=out)
+    (out / "changed.onnx_adapter").write_text("the user's own by now")
+    (out / "mine.onnx_adapter").write_text("never ours")
+    dropped = ["spoken.onnx_adapter", "spoken.chat_template.jinja"]
+
+    export(base=base, adapter=everyone[:1], adapters="separate", target=["cpu"], out=out)
+    assert all((out / name).is_file() for name in dropped), "the cuda graph still lists them"
+    (bundle,) = export(base=base, adapter=everyone[:1], adapters="separate", target=["cuda"], out=out)
+    assert not [name for name in dropped if (out / name).exists()]
+    assert (out / "changed.onnx_adapter").read_text() == "the user's own by now"
+    assert (out / "mine.onnx_adapter").read_text() == "never ours"
+    assert adapter_names(bundle) == ("attention",)
+    assert (out / "attention.onnx_adapter").is_file()

@@ -13,7 +13,7 @@ from exporter.runtime.runner import Runner
 from exporter.serving.requests import Request, Step
 
 VOCABULARY, POSITIONS, STOP = 97, 64, 96
-POISON, FAULT = 90, 91  # tokens: not finite logits behind the first, an exception at the second
+POISON, FAULT = 90, 91  # in a prompt: not finite logits behind the first, an exception at the second
 
 
 def continuation(prompt: Sequence[int], count: int, adapter: str | None = None) -> list[int]:
@@ -58,12 +58,13 @@ class ArithmeticRunner:
         for i, row in enumerate(range(first, first + count)):
             assert cache.adapters[row] == self.adapter
             for j, token in enumerate(token_ids[i]):
-                if token == FAULT:
+                if token == FAULT and new > 1:
                     raise RuntimeError("a fault of the session")
                 slot = int(cache.lengths[row]) + j
                 cache._buffers[0][row, 0, slot, 0] = float(token)
                 held = held_tokens(cache, row, slot + 1)
-                logits[i, j, next_of(held, self.adapter)] = np.nan if POISON in held else 1
+                poisoned = new > 1 and POISON in token_ids[i, : j + 1]
+                logits[i, j, next_of(held, self.adapter)] = np.nan if poisoned else 1
         cache.lengths[first : first + count] += new
         return logits[:, -keep:]
 

@@ -52,17 +52,24 @@ class Model:
         }
 
 
-def models_of(name: str, engine: Engine, bundle: Bundle, provider: str) -> list[Model]:
-    """The bundle under `name`, then its adapters under theirs. InputRefused for a missing or broken tokenizer."""
+@dataclass(frozen=True, slots=True)
+class Bundled:
+    """One bundle's engine, and the models that it computes: the bundle under its own name first."""
+
+    engine: Engine
+    models: tuple[Model, ...]
+
+
+def bundled(name: str, engine: Engine, bundle: Bundle, provider: str) -> Bundled:
+    """The bundle under `name`, its adapters under theirs. InputRefused for a missing or broken tokenizer."""
     vocabulary = Vocabulary(load_tokenizer(bundle.directory))
-    own = chat_template(bundle.directory)
+    own, tokens = chat_template(bundle.directory), special_tokens(bundle.directory)
     created = int(bundle.graph.stat().st_mtime)
-    tokens = special_tokens(bundle.directory)
     found = []
     for adapter in (None, *engine.adapters):
         template = adapter_template(bundle.directory, adapter) or own
         found.append(Model(adapter or name, engine, adapter, bundle, provider, vocabulary, template, tokens, created))
-    return found
+    return Bundled(engine, tuple(found))
 
 
 def by_name(models: Sequence[Model]) -> dict[str, Model]:

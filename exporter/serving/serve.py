@@ -12,10 +12,9 @@ from typing import Any, TextIO
 
 from exporter.errors import UsageError
 from exporter.runtime.load import load
+from exporter.serving.engine import BatchingEngine
 from exporter.serving.logs import JsonLog
-from exporter.serving.metrics import Metrics
-from exporter.serving.models import Model, by_name, models_of, split_name
-from exporter.serving.requests import Engine
+from exporter.serving.models import Bundled, bundled, split_name
 from exporter.serving.server import Server, address_of, is_loopback, listen
 from exporter.serving.service import Limits, Service
 
@@ -74,26 +73,20 @@ def serve(
         raise UsageError("no bundle to serve", expected="at least one directory")
     key = read_api_key(api_key_file)
     names = [split_name(one) for one in given]
+    output = JsonLog(sys.stderr if log is None else log, quiet)
+    # A request for more texts than the queue holds could never be taken.
+    limits = Limits(body=max_body, choices=min(Limits().choices, queue), request=request_timeout)
     bound = listen(host, port)
-    engines: dict[str, Engine] = {}
     try:
-        models = []
-        for name, directory in names:
-            opened = _open(name, directory, provider, threads, slots, queue)
-            engines.setdefault(name, opened[0].engine)
-            models += opened
-        known = by_name(models)
-        output = JsonLog(sys.stderr if log is None else log, quiet)
-        # A request for more texts than the queue holds could never be taken.
-        limits = Limits(body=max_body, choices=min(Limits().choices, queue), request=request_timeout)
-        service = Service(known, engines, Metrics(engines), output, limits, key, log_prompts)
-        for engine in engines.values():
-            engine.start()
-        return asyncio.run(_serve(service, bound, drain_timeout, on_ready))
+        opened = [_open(name, directory, provider, threads, slots, queue) for name, directory in names]
+        service = Service(opened, output, limits, key, log_prompts)
+        service.start()
+        try:
+            return asyncio.run(_serve(service, bound, drain_timeout, on_ready))
+        finally:
+            service.stop()
     finally:
         bound.close()
-        for engine in engines.values():
-            engine.stop()
 
 
 async def _serve(
@@ -103,25 +96,22 @@ async def _serve(
     described = tuple(model.to_dict() for model in service.models.values())
 
     def started() -> None:
-        if not is_loopback(bound) and service.api_key is None:
+        if not is_loopback(bound) and not service.guarded:
             service.log.write(
                 "warning", "open", url=url, message=f"anyone who reaches this address may use it: set {API_KEY}"
             )
-        service.log.write("info", "ready", url=url, models=list(service.models), api_key=service.api_key is not None)
+        service.log.write("info", "ready", url=url, models=list(service.models), api_key=service.guarded)
         if on_ready is not None:
-            on_ready(Ready(url, described, service.api_key is not None, os.getpid()))
+            on_ready(Ready(url, described, service.guarded, os.getpid()))
 
     server = Server(service, bound, drain=drain, on_started=started)
     await server.run_until_stopped()
     return Ended(url, EXIT_CODES.get(signal.Signals(server.signal), 0) if server.signal else 0)
 
 
-def _open(name: str, directory: Path, provider: str | None, threads: int | None, slots: int, queue: int) -> list[Model]:
-    from exporter.serving.engine import BatchingEngine
-
+def _open(name: str, directory: Path, provider: str | None, threads: int | None, slots: int, queue: int) -> Bundled:
     runner = load(directory, provider=provider, threads=threads)
-    engine = BatchingEngine(runner, slots=slots, queue=queue)
-    return models_of(name, engine, runner.bundle, runner.provider)
+    return bundled(name, BatchingEngine(runner, slots=slots, queue=queue), runner.bundle, runner.provider)
 
 
 def read_api_key(file: str | Path | None) -> str | None:

@@ -126,6 +126,6 @@ class Server(uvicorn.Server):
         if not drained:
             self._service.log.write("warning", "drain_timeout", running=self._service.in_flight)
         # What still runs ends now, with the reason shutdown.
-        await asyncio.gather(*(asyncio.to_thread(engine.stop) for engine in self._service.engines.values()))
+        await asyncio.to_thread(self._service.stop)
         self._service.log.write("info", "stopped", drained=drained)
         self.should_exit = True

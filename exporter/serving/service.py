@@ -4,8 +4,8 @@ import asyncio
 import hmac
 import secrets
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from starlette.requests import Request as HttpRequest
 
@@ -15,8 +15,8 @@ from exporter.serving.failures import Failure, failure_of, shutting_down
 from exporter.serving.generation import Choice, Prompt
 from exporter.serving.logs import JsonLog
 from exporter.serving.metrics import Facts, Metrics, Watch
-from exporter.serving.models import Model
-from exporter.serving.requests import Engine, Request
+from exporter.serving.models import Bundled, Model, by_name
+from exporter.serving.requests import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +33,35 @@ class Limits:
     request: float = 600.0
 
 
-@dataclass
 class Service:
-    models: Mapping[str, Model]
-    engines: Mapping[str, Engine]  # by the name of their bundle
-    metrics: Metrics
-    log: JsonLog
-    limits: Limits = field(default_factory=Limits)
-    api_key: str | None = None
-    log_prompts: bool = False
-    draining: bool = False
-    in_flight: int = 0
+    """`in_flight`: requests that have begun and whose last byte is not written yet."""
+
+    def __init__(
+        self,
+        bundles: Sequence[Bundled],
+        log: JsonLog,
+        limits: Limits | None = None,
+        api_key: str | None = None,
+        log_prompts: bool = False,
+    ) -> None:
+        self.models = by_name([model for one in bundles for model in one.models])
+        self.engines = {one.models[0].name: one.engine for one in bundles}
+        self.metrics, self.log, self.limits = Metrics(self.engines), log, limits or Limits()
+        self._api_key, self._log_prompts = api_key, log_prompts
+        self.draining, self.in_flight = False, 0
+
+    def start(self) -> None:
+        for engine in self.engines.values():
+            engine.start()
+
+    def stop(self) -> None:
+        """Ends every stream; harmless when all have ended. Blocks for about one step."""
+        for engine in self.engines.values():
+            engine.stop()
+
+    @property
+    def guarded(self) -> bool:
+        return self._api_key is not None
 
     @property
     def alive(self) -> bool:
@@ -55,11 +73,11 @@ class Service:
 
     def authorize(self, request: HttpRequest) -> None:
         """Failure (401) without the key. Compared in constant time, as bytes: a header may hold anything."""
-        if self.api_key is None:
+        if self._api_key is None:
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         given = key.strip().encode("latin-1", "replace") if scheme.lower() == "bearer" else b""
-        if not hmac.compare_digest(given, self.api_key.encode()):
+        if not hmac.compare_digest(given, self._api_key.encode()):
             seen = "incorrect API key" if given else "no API key: send it as Authorization: Bearer KEY"
             raise Failure(401, seen, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
@@ -92,7 +110,7 @@ class Service:
         facts: Facts = request.state.facts
         facts.model, facts.stream, facts.choices = model.name, body.streamed, len(prompts) * n
         facts.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
-        facts.prompts = [prompt.text for prompt in prompts] if self.log_prompts else None
+        facts.prompts = [prompt.text for prompt in prompts] if self._log_prompts else None
         limits = [_new_tokens(model, prompt, max_new_tokens) for prompt in prompts]
         first_seed = secrets.randbits(62) if body.seed is None else body.seed % (1 << 63)
         deadline = time.monotonic() + self.limits.request

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Sequence
-from functools import cached_property
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -30,6 +29,9 @@ class Vocabulary:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._known: dict[int, bytes] = {}
+        self._added = frozenset(tokenizer.get_added_tokens_decoder())
+        decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
+        self._byte_level = any(part.get("type") == "ByteLevel" for part in decoder.get("decoders") or [decoder])
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
@@ -62,13 +64,3 @@ class Vocabulary:
             return bytes(GPT2_BYTES[character] for character in token if character in GPT2_BYTES)
         byte = BYTE.fullmatch(token)
         return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
-
-    @cached_property
-    def _added(self) -> frozenset[int]:
-        return frozenset(self.tokenizer.get_added_tokens_decoder())
-
-    @cached_property
-    def _byte_level(self) -> bool:
-        decoder = json.loads(self.tokenizer.to_str()).get("decoder") or {}
-        parts = decoder.get("decoders") or [decoder]
-        return any(part.get("type") == "ByteLevel" for part in parts)

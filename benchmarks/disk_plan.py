@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from math import prod
 
 BLOCK, SCALE = 32, 2  # of the int8 and int4 bundles: weights a block, bytes of its float16 scale
-# `verify` keeps float32 logits of up to this many models at once: truth, base, merged, reference, bundle, a mutant
-MODELS, POSITIONS = 6, 3600  # scored positions at level commit, rounded up
+# `verify` keeps float32 logits of up to this many models at once: reference, truth, base, merged, and three of a bundle
+MODELS, POSITIONS = 7, 3600  # scored positions at level commit, rounded up
 SMALL = 64 << 20  # tokenizers, graphs, manifests and reports
 
 

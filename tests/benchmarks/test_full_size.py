@@ -1,6 +1,7 @@
 """`make full-size` at the demo's own size: its figures, its budgets, and that it goes on where it was interrupted."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,13 +17,15 @@ sys.path.insert(0, str(HERE))
 
 import full_size  # noqa: E402
 import full_size_stages  # noqa: E402
+import make_base  # noqa: E402
+import widening  # noqa: E402
 from process_figures import measure  # noqa: E402
 
 MB = 1_000_000
 
 
 def command(work: Path, *more: str) -> list[str]:
-    skipped = ("--skip", "verify", "generate int8")
+    skipped = ("--skip", "verify", "generate int8", "serve int4")
     return [sys.executable, str(HERE / "full_size.py"), "--size", "demo", "--work", str(work), *more, *skipped,
             "--shard-size", "10MB", "--new-tokens", "4"]  # fmt: skip
 
@@ -120,11 +123,26 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_made(
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_the_cards_own_size_is_what_its_name_says() -> None:
-    plans = full_size.disk_plans("6.7B")
-    assert plans["float16"].merged == pytest.approx(2 * 6.658e9, rel=0.01)  # 6,658,404,352 with the head tied
+# Dey et al., Cerebras-GPT (2023), table 1: parameters with the head tied
+PARAMETERS = {"111M": 111e6, "256M": 256e6, "590M": 590e6, "1.3B": 1.316e9, "2.7B": 2.652e9, "6.7B": 6.658e9,
+              "13B": 12.853e9}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", PARAMETERS)
+def test_every_size_is_what_its_name_says(size: str) -> None:
+    assert set(PARAMETERS) == set(make_base.SIZES)
+    shape = make_base.SIZES[size]
+    values = sum(math.prod(one) for one in make_base.tensor_shapes(shape).values())
+    assert values == pytest.approx(PARAMETERS[size], rel=0.01)
+    widened = make_base.nearest_demo_shape(shape)
+    assert not widening.why_not(widened.width, widened.layers, widened.heads)
+    plans = full_size.disk_plans(size)
+    assert plans["float16"].merged == pytest.approx(2 * values, rel=0.2)  # the demo's widths are multiples of 128
     assert plans["float32"].merged == 2 * plans["float16"].merged
-    assert 38e9 < plans["float16"].total < 44e9
+
+
+def test_the_cards_own_size_needs_about_forty_gigabytes() -> None:
+    assert 38e9 < full_size.disk_plans("6.7B")["float16"].total < 44e9
 
 
 def test_children_count(tmp_path: Path) -> None:

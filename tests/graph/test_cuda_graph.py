@@ -23,9 +23,8 @@ HALF, SINGLE, WHOLE, INT, BYTE = "float16", "float", "int64", "int32", "uint8"
 FLOATS = {HALF, SINGLE, "bfloat16"}
 ANY = FLOATS | {WHOLE, INT, BYTE, "bool", "double"}
 COUNTS = FLOATS | {"double", INT, WHOLE}
-# onnxruntime's docs/OperatorKernels.md, CUDAExecutionProvider, the rows that hold for opset 21: types by input, in
-# order (`""` stands for every further one). Read at 001d12d of its repository; of 1.22, the oldest version accepted,
-# only GatherBlockQuantized is missing there, and runs on the CPU.
+# onnxruntime's docs/OperatorKernels.md, CUDAExecutionProvider, the rows that hold for opset 21, as read at 001d12d of its
+# repository: types by input, in order. A node without a kernel would run on the CPU, with a copy on either side.
 CUDA_KERNELS: dict[str, tuple[set[str], ...]] = {
     "Add": (COUNTS, COUNTS),
     "Cast": (ANY,),

@@ -23,8 +23,8 @@ HALF, SINGLE, WHOLE, INT, BYTE = "float16", "float", "int64", "int32", "uint8"
 FLOATS = {HALF, SINGLE, "bfloat16"}
 ANY = FLOATS | {WHOLE, INT, BYTE, "bool", "double"}
 COUNTS = FLOATS | {"double", INT, WHOLE}
-# onnxruntime's docs/OperatorKernels.md, CUDAExecutionProvider, the rows that hold for opset 21, as read at 001d12d of its
-# repository: types by input, in order. A node without a kernel would run on the CPU, with a copy on either side.
+# onnxruntime's docs/OperatorKernels.md, CUDAExecutionProvider, the rows that hold for opset 21, as read at 001d12d of
+# its repository: types by input, in order. A node without a kernel would run on the CPU, with a copy on either side.
 CUDA_KERNELS: dict[str, tuple[set[str], ...]] = {
     "Add": (COUNTS, COUNTS),
     "Cast": (ANY,),

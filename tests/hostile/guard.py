@@ -26,6 +26,7 @@ FORBIDDEN = (
     "pickle.find_class", "socket.connect", "socket.bind", "socket.getaddrinfo", "webbrowser.open", "ctypes.dlopen",
     "code.__new__", "function.__new__",
 )  # fmt: skip
+RENDERER = ["-P", "-m", "exporter.templates"]  # our own process, which renders chat templates
 CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
 ROOT = Path(__file__).parents[2]
 # Where the interpreter, its packages and the system's own tables lie.
@@ -115,6 +116,8 @@ def guarded(own: Path, outside: Outside) -> Iterator[list[str]]:
 
 def _violation(event: tuple[str, tuple[Any, ...]], own: Path) -> str:
     name, arguments = event
+    if name == "subprocess.Popen" and list(arguments[1])[1:] == RENDERER:
+        return ""
     if name in FORBIDDEN:
         return f"{name} {str(arguments)[:200]}"
     if name == "open":

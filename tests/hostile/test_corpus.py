@@ -4,13 +4,14 @@ import shutil
 
 import pytest
 
-from tests.hostile import json_files, pickles, safetensors_headers
+from tests.hostile import bundles, json_files, links, pickles, requests, safetensors_headers, texts
 from tests.hostile.case import Case
 from tests.hostile.conftest import CommandLine
 from tests.hostile.guard import Outside
 from tests.hostile.material import Tree
 
-CASES: list[Case] = [case for module in (safetensors_headers, pickles, json_files) for case in module.CASES]
+MODULES = (safetensors_headers, pickles, json_files, links, texts, requests, bundles)
+CASES: list[Case] = [case for module in MODULES for case in module.CASES]
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])

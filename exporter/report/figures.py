@@ -196,8 +196,8 @@ def listed(names: Sequence[str], most: int = 8) -> str:
 
 
 def largest_stage(bundle: BundleResult) -> str:
-    """The stage with the largest share of the error, in words."""
-    known = [stage for stage in bundle.stages if stage.share is not None]
+    """The stage with the largest share of the error, in words. The first chain is the one from truth to bundle."""
+    known = [stage for stage in bundle.stages if stage.share is not None and stage.chain == bundle.stages[0].chain]
     if not known:
         return "no error to attribute"
     stage = max(known, key=lambda one: one.share or 0)

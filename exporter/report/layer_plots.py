@@ -7,7 +7,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from exporter.parity.result import BundleResult, Layer, MergeBases
 from exporter.report.drawing import FIRST, HALO, INK, LIMIT, MUTED, SECOND, SMALL, THIRD, decade, draw
-from exporter.report.figures import figure
+from exporter.report.figures import figure, percent
 
 FLOOR = 1e-18  # what is smaller, and zero, is drawn here on a logarithmic axis
 CURVES = (
@@ -63,9 +63,8 @@ def layer_swaps(bundle: BundleResult) -> str:
         _parts(axes, layers)
         axes.set_ylabel("KL(T‖F) that goes away, %")
 
-    return draw(
-        paint, 2.9, f"Bars: the share of the error that goes away with one part put right. {_worst(layers, 'swap')}"
-    )
+    share, part = max((one.swap, one.part) for one in layers if one.swap is not None)
+    return draw(paint, 2.9, f"Bars: the error that goes away with one part right. {percent(share)} with {part}.")
 
 
 def codes_error(bases: MergeBases) -> str:

@@ -10,9 +10,11 @@ from xml.etree import ElementTree
 import pytest
 from jsonschema import Draft202012Validator
 
+import exporter
+from exporter.errors import EnvironmentLacking, InputRefused, UsageError
 from exporter.parity.gates import load_thresholds
 from exporter.parity.result import Verification
-from exporter.report import write_report
+from exporter.report import prepare_directory, write_report
 from exporter.report.advice import advice
 from exporter.report.figures import beyond, bundle_names, figure, used
 from exporter.report.junit import junit_xml
@@ -78,7 +80,7 @@ def test_junit_counts_failures_and_errors_and_skips_nothing(failing: Verificatio
 
 
 ATTRIBUTES = {
-    "testsuites": {"name", "tests", "failures", "errors", "skipped", "time"},
+    "testsuites": {"name", "tests", "failures", "errors", "time"},
     "testsuite": {"name", "tests", "failures", "errors", "skipped", "time"},
     "testcase": {"classname", "name", "time"},
     "failure": {"message", "type"},
@@ -196,13 +198,16 @@ def test_the_summary_says_verdict_gate_and_by_how_much(failing: Verification, pa
     assert text.startswith("# ❌ Parity: FAIL")
     assert "weights.projection" in text
     assert "25 x the limit" in text
-    assert "**Where:** `h.3.attn.c_attn.weight`" in text
+    assert "- The error arises in the merge: share 0.5 of the change" in text
+    assert "- It stands in block 3." in text
+    assert r"- Tensors: h.3.attn.c\_attn.weight." in text
+    assert "| int8 | 0.0006 | 0.0009 |" in text
     assert "- The merge is wrong where named" in text
     assert "**Survived:** positions + 1" in text
     assert "storing the weights (M32 -> F) carries 96 % of the error" in text
     assert "✅ Parity: PASS" in markdown_summary(passing)
-    widths = {line.count(" | ") for line in text.splitlines() if line.startswith("|") and "---" not in line}
-    assert widths == {6}
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count(" | ") for line in rows if "---" not in line} == {6, 2}  # gates; merge bases
 
 
 def test_the_summary_is_not_broken_by_what_texts_hold(failing: Verification) -> None:
@@ -224,3 +229,20 @@ def test_all_four_files_are_written_and_written_again(tmp_path: Path, failing: V
     assert set(first) == {"verification.json", "junit.xml", "summary.md", "report.html"}
     write_report(failing, tmp_path / "parity")
     assert {path.name: path.read_bytes() for path in (tmp_path / "parity").iterdir()} == first
+
+
+def test_a_report_is_prepared_before_anything_is_compared(tmp_path: Path, passing: Verification) -> None:
+    """A wrong --report is known at once, and a run that is refused leaves no report of an earlier one."""
+    write_report(passing, tmp_path / "parity")
+    (tmp_path / "parity" / "mine.txt").write_text("kept")
+    with pytest.raises(InputRefused):
+        exporter.verify(base=tmp_path / "b", adapter=tmp_path / "a", bundle=tmp_path / "o", report=tmp_path / "parity")
+    assert [path.name for path in (tmp_path / "parity").iterdir()] == ["mine.txt"]
+    (tmp_path / "file").write_text("")
+    (tmp_path / "bundle").mkdir()
+    for report, message in (("file", "is a file"), ("bundle", "into the bundle"), ("bundle/parity", "into the bundle")):
+        with pytest.raises(UsageError, match=message):
+            prepare_directory(tmp_path / report, [tmp_path / "bundle"])
+    assert list((tmp_path / "bundle").iterdir()) == []
+    with pytest.raises(EnvironmentLacking, match="cannot be written"):
+        prepare_directory(tmp_path / "file" / "parity", [])

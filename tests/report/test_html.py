@@ -80,11 +80,7 @@ def test_the_verdict_stands_first_then_what_failed_by_how_much_and_where() -> No
     text = " ".join(outline(page_of("failing")).text.split())
     body = text[text.index("1 of 2 bundles does not say") - 10 :]
     order = ["FAIL", "1 of 2 bundles does not say", "What went wrong", "weights.projection", "25 x the limit"]
-    order += [
-        "Where it comes from",
-        "storing the weights (M32 -> F) carries 96 % of the error",
-        "h.3.attn.c_attn.weight",
-    ]
+    order += ["Where it comes from", "arises in the merge", "block 3", "h.3.attn.c_attn.weight", "carries 96 %"]
     order += [
         "What to do",
         "Merge again",
@@ -114,7 +110,7 @@ def test_texts_of_models_are_escaped() -> None:
 
 def test_plots_take_their_colours_from_the_page() -> None:
     page = page_of("passing")
-    assert page.count("<svg") == 10
+    assert page.count("<svg") == 15  # 7 of each bundle, and the 8-bit codes
     drawings = page[page.index("<svg") :]
     assert "var(--ink)" in drawings
     assert "var(--first)" in drawings
@@ -129,7 +125,11 @@ def test_plots_have_units_limits_and_words_for_those_who_do_not_see_them() -> No
     assert "graph.kl 0.001" in words[0]
     assert "storing the weights (M32 -> F) 96.0 %" in words[1]
     assert "Weights beyond the limits: h.3.attn.c_attn.weight" in words[2]
-    assert "Limit: 0.002" in words[4]
+    assert "Largest local: block 3, 2e-5." in words[3]
+    assert "Named as the origin: block 3." in words[3]
+    assert "10 % with head" in words[4]
+    assert "Limit: 0.002" in words[6]
+    assert "from 0.6 to 0.95" in words[14]
     for label in ("KL of a token, nats (log scale)", "share of the error, %", "position in the document, tokens"):
         assert label in page
     assert page.count("mean KL T-O, nats (log scale)") == 2

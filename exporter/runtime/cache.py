@@ -1,7 +1,9 @@
 """The key-value cache: one buffer per layer that the graph extends in place."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from mmap import mmap
 
 import numpy as np
 import onnxruntime as ort
@@ -42,16 +44,19 @@ class KeyValueCache:
         self._buffers = [self._zeros(capacity) for _ in range(2 * shape.layers)]
 
     def _zeros(self, capacity: int) -> torch.Tensor:
-        # numpy's zeros cost memory only where something is written; torch's are written at once.
+        # Mapped memory costs only the pages where something is written. torch's zeros are written at once, and numpy's
+        # come in pages of 2 MB: the first token of a row would take all of the row.
+        shape = (self.rows, self.shape.heads, capacity, self.shape.head_size)
         try:
-            zeros = np.zeros((self.rows, self.shape.heads, capacity, self.shape.head_size), self.shape.dtype)
-        except MemoryError as error:
+            mapped = mmap(-1, max(1, self.rows * self.shape.row_bytes(capacity)))
+        except (OSError, ValueError, OverflowError) as error:
             self._buffers = []  # some may have grown already: none of them can be used any more
             raise EnvironmentLacking(
                 f"no memory for a cache of {human_bytes(self.shape.nbytes(self.rows, capacity))}",
                 expected=f"room for {self.rows} rows of {capacity} positions",
                 todo="use fewer rows, or shorter ones",
             ) from error
+        zeros = np.frombuffer(mapped, self.shape.dtype, count=math.prod(shape)).reshape(shape)
         return torch.from_numpy(zeros).to(self.shape.device)
 
     def reserve(self, capacity: int) -> None:

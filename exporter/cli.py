@@ -226,6 +226,9 @@ def export(
     ] = None,
     target: Annotated[list[Target] | None, typer.Option(help="Repeat for several; default cpu.")] = None,
     builder: Annotated[Builder, typer.Option(help="optimum serves architectures without a builder.")] = Builder.native,
+    block_size: Annotated[
+        int, typer.Option(help="Of int8 and int4: 32 (most exact), 64, 128 (fastest on a CPU) or 256 weights a scale.")
+    ] = 32,
     out: Annotated[Path | None, typer.Option(help="Where int8/, int4/ ... go; default: beside CHECKPOINT.")] = None,
     force: ForceOption = False,
     json: JsonOption = False,
@@ -242,6 +245,7 @@ def export(
         precision=precision or ("native",),
         target=target or ("cpu",),
         builder=builder.value,
+        block_size=block_size,
         out=out,
         force=force,
         progress=progress,
@@ -259,6 +263,13 @@ def verify(
     reference: Annotated[str, typer.Option(help="`int8`, or a file made by `exporter capture`.")] = "int8",
     level: Level = Level.commit,
     report: Annotated[Path | None, typer.Option(help="Where to write JSON, JUnit, HTML and Markdown.")] = None,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where logits lie until the run is done, so that an interrupted one goes on. "
+            "Default: .scratch in --report; without a report nothing is kept."
+        ),
+    ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -274,6 +285,7 @@ def verify(
         reference=reference,
         level=level.value,
         report=report,
+        scratch=scratch,
         progress=progress,
     )
     _finish(result, json, presentation.verification)

@@ -220,7 +220,10 @@ class _Run:
         return self._stage("merge", request, work)
 
     def _export(self, precision: str, target: str) -> StageOutcome:
+        block_size = self.spec.export.block_size
         request = {"precision": precision, "target": target, "merged": self._digests("merge")}
+        if precision in ("int8", "int4"):
+            request["block_size"] = block_size
         directory = bundle_directory(self.directory, precision, target)
 
         def work() -> Mapping[str, Any]:
@@ -230,6 +233,7 @@ class _Run:
                 self.merged,
                 precision=[precision],
                 target=[target],
+                block_size=block_size,
                 out=self.directory,
                 force=True,
                 progress=self.progress,

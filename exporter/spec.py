@@ -16,7 +16,7 @@ UNITS = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**1
 
 def parse_size(value: object) -> int:
     """Bytes from a number or a text such as "5GB" (decimal) or "512MiB". ValueError for anything else."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     if isinstance(value, str):
         text = value.strip()
@@ -63,8 +63,11 @@ class PromptSpec(_Frozen):
 
 
 class ExportSpec(_Frozen):
+    """block_size: weights that share a scale in int8 and int4."""
+
     precisions: Annotated[tuple[Precision, ...], Field(min_length=1)] = ("native",)
     targets: Annotated[tuple[Target, ...], Field(min_length=1)] = ("cpu",)
+    block_size: Literal[32, 64, 128, 256] = 32
 
 
 class VerifySpec(_Frozen):
@@ -76,7 +79,7 @@ class VerifySpec(_Frozen):
 
 
 class OutputSpec(_Frozen):
-    dir: str
+    dir: Annotated[str, Field(pattern=r"^[^\x00]+$")]
 
 
 class Spec(_Frozen):
@@ -106,6 +109,8 @@ class Spec(_Frozen):
 
 def read_spec(path: Path) -> Spec:
     """Read a TOML spec. Raises InputRefused that names every wrong key."""
+    if path.exists() and not path.is_file():
+        raise InputRefused(f"{path} is not a file", expected="a TOML file", todo="check the path")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -119,6 +124,6 @@ def read_spec(path: Path) -> Spec:
         raise InputRefused(
             f"{path}: {wrong}",
             expected="[base] source, revision; [adapter] source, revision, weight; "
-            "[merge] dtype, onto, shard_size, memory; [prompt] template; [export] precisions, targets; "
+            "[merge] dtype, onto, shard_size, memory; [prompt] template; [export] precisions, targets, block_size; "
             "[verify] level, reference, prompts; [output] dir",
         ) from error

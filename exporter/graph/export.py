@@ -22,7 +22,7 @@ from exporter.graph.bundle import GRAPHS, STAGE, Bundle, bundle_name, bundles_in
 from exporter.graph.decoder import MATRICES, Decoder, decoder_weights
 from exporter.graph.finite import require_finite
 from exporter.graph.genai_config import genai_config
-from exporter.graph.quantize import BLOCK
+from exporter.graph.quantize import BLOCK, BLOCKS
 from exporter.graph.quantized_file import Stored, bits_per_weight, write_weights
 from exporter.graph.weights import WEIGHTS, Weight, open_weights
 from exporter.manifest import describe_file, file_is_unchanged, read_manifest, versions, write_stage
@@ -60,6 +60,7 @@ def export(
     precision: Sequence[str] = ("native",),
     target: Sequence[str] = ("cpu",),
     builder: str = "native",
+    block_size: int = BLOCK,
     out: Path | str | None = None,
     force: bool = False,
     progress: Progress = SILENT,
@@ -70,6 +71,7 @@ def export(
     `<out or the checkpoint's parent>/<precision>[-cuda]/`. In place of a checkpoint, `base` and `adapter` with
     `adapters` "separate" give a graph over the base in `out`, and adapters that are chosen at run time; with precision
     "int8-exact" they give the codes of 8-bit loading with the adapters added beside them.
+    block_size: weights that share a scale in int8 and int4, one of BLOCKS: larger ones compute faster, with more error.
     Raises UsageError (unknown name, foreign output without `force`), InputRefused (a checkpoint that cannot be
     honoured), EnvironmentLacking (disk, optimum).
     """
@@ -77,6 +79,8 @@ def export(
     _check_names("precision", precision, PRECISIONS)
     _check_names("target", target, tuple(GRAPHS))
     _check_names("builder", [builder], BUILDERS)
+    if block_size not in BLOCKS:
+        raise UsageError(f"block size {block_size}", expected="one of " + ", ".join(map(str, BLOCKS)))
     if adapters is not None:
         _check_names("adapters", [adapters], ("separate",))
         if checkpoint is not None or base is None or out is None or len(precision) != 1 or builder != "native":
@@ -88,7 +92,16 @@ def export(
 
         given = [adapter] if isinstance(adapter, str | Path) else list(adapter)
         return [
-            export_separate(base, given, out, precision=precision[0], target=one, force=force, progress=progress)
+            export_separate(
+                base,
+                given,
+                out,
+                precision=precision[0],
+                target=one,
+                block_size=block_size,
+                force=force,
+                progress=progress,
+            )
             for one in dict.fromkeys(target)
         ]
     if "int8-exact" in precision:
@@ -117,7 +130,7 @@ def export(
         return [export_with_optimum(opened, out or checkpoint.parent, force=force, progress=progress)]
     read_decoder(opened.config)  # before anything is written
     return [
-        _export_one(opened, one_precision, one_target, out, force=force, progress=progress)
+        _export_one(opened, one_precision, one_target, out, block_size, force=force, progress=progress)
         for one_precision in dict.fromkeys(precision)
         for one_target in dict.fromkeys(target)
     ]
@@ -130,7 +143,14 @@ def _check_names(kind: str, given: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _export_one(
-    checkpoint: Checkpoint, precision: str, target: str, out: Path | None, *, force: bool, progress: Progress
+    checkpoint: Checkpoint,
+    precision: str,
+    target: str,
+    out: Path | None,
+    block_size: int,
+    *,
+    force: bool,
+    progress: Progress,
 ) -> Bundle:
     if precision == "native" and can_be_pointed_into(checkpoint):
         return export_native(checkpoint.directory, target, force=force)
@@ -141,7 +161,9 @@ def _export_one(
             todo="give --out DIR to stream the weights into a file there, or make the checkpoint with exporter merge",
         )
     directory = (out or checkpoint.directory.parent) / bundle_name(precision, target)
-    return export_converted(checkpoint.directory, directory, precision, target, force=force, progress=progress)
+    return export_converted(
+        checkpoint.directory, directory, precision, target, block_size=block_size, force=force, progress=progress
+    )
 
 
 def can_be_pointed_into(checkpoint: Checkpoint) -> bool:
@@ -184,6 +206,7 @@ def export_converted(
     precision: str,
     target: str,
     *,
+    block_size: int = BLOCK,
     adapters: Sequence[RuntimeAdapter] = (),
     force: bool = False,
     progress: Progress = SILENT,
@@ -191,7 +214,7 @@ def export_converted(
     """A bundle that is complete alone: weights streamed into `directory`/weights.safetensors in `precision`."""
     checkpoint = open_checkpoint(checkpoint_dir)
     bundle = Bundle(directory, precision, target, directory / GRAPHS[target])
-    stored = _storage(read_decoder(checkpoint.config), checkpoint, precision)
+    stored = _storage(read_decoder(checkpoint.config), checkpoint, precision, block_size)
     manifest = read_manifest(checkpoint.directory)
     facts = {"provenance": "merge" if _merge_outputs_hold(checkpoint.directory, manifest) else "unknown"}
     facts |= _merged_onto(manifest)
@@ -219,24 +242,21 @@ def write_bundle(
     manifest = read_manifest(checkpoint.directory)
     _refuse_foreign_directory(directory, bundle.stage, force=force)
     with removed_if_empty(directory), lock_directory(directory), disk_errors(directory):
+        small = _companions(checkpoint.directory) if small is None else small  # first: they may be refused
         sources = {file.name: describe_known(file, manifest)["sha256"] for file in checkpoint.files}
         digests = write_weights(directory / WEIGHTS, stored, progress, extra=extra)
-        if small is None:
-            names = _copy_companions(checkpoint.directory, directory)
-        else:
-            names = list(small)
-            for name, data in small.items():
-                write_atomically(directory / name, data)
+        for name, data in small.items():
+            write_atomically(directory / name, data)
         decoder = read_decoder(checkpoint.config)
         own = decoder_weights(decoder, open_weights(directory / WEIGHTS))
         _write_graph(bundle, decoder, own, checkpoint.config, adapters)
         facts = {**facts, "source": sources, "tensors": digests} | adapter_facts(adapters)
-        if any(one.bits for one in stored.values()):
+        if blocks := {one.block for one in stored.values() if one.bits}:
             matrices = [stored[one.name] for short, one in own.items() if decoder.parameters[short].kind in MATRICES]
             bits = {"matrices": bits_per_weight(matrices), "all": bits_per_weight(stored.values())}
-            facts |= {"block": BLOCK, "bits_per_weight": bits, "accuracy_level": ACCURACY_LEVEL[bundle.target]}
+            facts |= {"block": min(blocks), "bits_per_weight": bits, "accuracy_level": ACCURACY_LEVEL[bundle.target]}
         section = _section(bundle, {WEIGHTS: describe_file(directory / WEIGHTS)}, facts)
-        section["files"] |= {name: describe_file(directory / name) for name in names}
+        section["files"] |= {name: describe_file(directory / name) for name in small}
         section["files"] |= write_adapters(directory, adapters)
         _publish_section(bundle, section)
     return bundle
@@ -249,7 +269,7 @@ def export_quantized(
     return export_converted(checkpoint_dir, out, f"int{bits}", target, force=force, progress=progress)
 
 
-def _storage(decoder: Decoder, checkpoint: Checkpoint, precision: str) -> dict[str, Stored]:
+def _storage(decoder: Decoder, checkpoint: Checkpoint, precision: str, block: int) -> dict[str, Stored]:
     """How each parameter is stored in a bundle of `precision`, by checkpoint name; unused tensors are left out."""
     fixed = {"fp32": "F32", "fp16": "F16"}
     stored: dict[str, Stored] = {}
@@ -257,9 +277,9 @@ def _storage(decoder: Decoder, checkpoint: Checkpoint, precision: str) -> dict[s
         assert isinstance(info, TensorInfo), short  # a checkpoint holds nothing quantized
         kind = decoder.parameters[short].kind
         if precision in ("int8", "int4") and kind in ("tokens", "head"):
-            stored[info.name] = Stored(info, "U8", 8)  # at 4 bits they would cost most of the quality
+            stored[info.name] = Stored(info, "U8", 8, block=block)  # at 4 bits they would cost most of the quality
         elif precision in ("int8", "int4") and kind in MATRICES:
-            stored[info.name] = Stored(info, "U8", int(precision[3:]), transposed=kind == "conv1d")
+            stored[info.name] = Stored(info, "U8", int(precision[3:]), transposed=kind == "conv1d", block=block)
         else:
             stored[info.name] = Stored(info, fixed.get(precision, info.dtype))
     return stored
@@ -386,11 +406,9 @@ def _refuse_foreign_directory(directory: Path, stage: str, *, force: bool) -> No
         )
 
 
-def _copy_companions(source: Path, directory: Path) -> list[str]:
-    present = [name for name in COMPANIONS if (source / name).is_file()]
-    for name in present:
-        write_atomically(directory / name, (source / name).read_bytes())
-    if TOKENIZER_JSON not in present and {"vocab.json", "merges.txt"} <= set(present):  # a GPT-2 of 2023
-        write_atomically(directory / TOKENIZER_JSON, build_tokenizer_json(source))
-        present.append(TOKENIZER_JSON)
-    return present
+def _companions(source: Path) -> dict[str, bytes]:
+    """What makes a bundle complete alone, by name. InputRefused for a tokenizer that cannot be read."""
+    files = {name: (source / name).read_bytes() for name in COMPANIONS if (source / name).is_file()}
+    if TOKENIZER_JSON not in files and {"vocab.json", "merges.txt"} <= set(files):  # a GPT-2 of 2023
+        files[TOKENIZER_JSON] = build_tokenizer_json(source)
+    return files

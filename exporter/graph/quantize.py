@@ -1,20 +1,22 @@
-"""Block quantization: each block of 32 weights of one output gets the scale of least squared error that was found.
+"""Block quantization: each block of weights of one output gets the scale of least squared error that was found.
 
-w = (code - 2^(bits-1)) * scale with a float16 scale of either sign: 8.5 bits a weight at 8 bits and 4.5 at 4, which is
-what ggml's q8_0 and q4_0 take. At 32 weights a block both are nearer to the weights than 64 with a float32 scale, which
-takes as much. A zero point for each block (4.625 bits) would take 9 % off the squared error of 4 bits on the demo pair,
-and MatMulNBits a third longer for one row: it is left out.
+w = (code - 2^(bits-1)) * scale with a float16 scale of either sign: blocks of 32 take 8.5 bits a weight at 8 bits and
+4.5 at 4, which is what ggml's q8_0 and q4_0 take. They are nearer to the weights than 64 with a float32 scale, which
+take as much. Larger blocks compute faster (benchmarks/bench_decode.py) with more error: activations are quantized in
+the same blocks. A zero point for each block (4.625 bits) would take 9 % off the squared error of 4 bits on the demo
+pair, and MatMulNBits a third longer for one row: it is left out.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-BLOCK = 32
+BLOCK = 32  # by default
+BLOCKS = (32, 64, 128, 256)
 # The largest of a block, whatever its sign, is put at this many steps from zero, in turn, and the best is kept: beyond
 # 2^(bits-1) it is clipped and the others get finer steps; before it, the others round differently, which is as good.
-# The best four of a grid, on normal, heavy-tailed and trained weights; eight take 1 % more off the error at 4 bits.
-REACH = {8: (128.0, 127.0, 126.0, 125.0), 4: (8.8, 8.4, 8.0, 7.2)}
+# The best three of a grid, on normal, heavy-tailed and trained weights; eight take 2 % more off the error.
+REACH = {8: (128.0, 127.0, 126.0), 4: (8.6, 8.0, 7.2)}
 # Weights in work at once: three float32 temporaries of them stay in a processor's second-level cache.
 TILE, TILE_COLUMNS = 1 << 17, 1 << 12
 LARGEST_SCALE = 6e4  # float16 ends at 65504
@@ -22,14 +24,14 @@ LARGEST_SCALE = 6e4  # float16 ends at 65504
 
 @dataclass(frozen=True, slots=True)
 class QuantizedBlocks:
-    """codes uint8 (K, BLOCK, N), unpacked; scales float16 (K, N)."""
+    """codes uint8 (K, block, N), unpacked; scales float16 (K, N)."""
 
     codes: torch.Tensor
     scales: torch.Tensor
 
 
 def quantize_blocks(values: torch.Tensor, bits: int) -> QuantizedBlocks:
-    """float32 (K, BLOCK, N), blocks along the second dimension.
+    """float32 (K, block, N), blocks along the second dimension.
 
     For each reach, codes are the rounded multiples, and the scale is refitted to them by least squares:
     s = <w, q> / <q, q>, whose squared error is s^2 <q, q> - 2 s <w, q> + <w, w>, taken for the s that float16 can hold.
@@ -37,7 +39,7 @@ def quantize_blocks(values: torch.Tensor, bits: int) -> QuantizedBlocks:
     are not finite, or whose scale is beyond float16.
     """
     half = 1 << (bits - 1)
-    low, high = values.amin(1), values.amax(1)
+    low, high = torch.aminmax(values, dim=1)
     extreme = torch.where(high > -low, high, low)  # (K, N), signed
     if not (extreme.abs() < LARGEST_SCALE * half).all():
         raise ValueError(f"a weight is NaN, infinite or beyond {LARGEST_SCALE * half:.0f}")
@@ -47,7 +49,9 @@ def quantize_blocks(values: torch.Tensor, bits: int) -> QuantizedBlocks:
     steps, products = torch.empty_like(values), torch.empty_like(values)
     for reach in REACH[bits]:
         torch.mul(values, (unit * reach).unsqueeze(1), out=steps)
-        steps.round_().clamp_(-half, half - 1)
+        steps.round_()
+        if reach > half - 0.5:
+            steps.clamp_(-half, half - 1)
         overlap = _sum_blocks(torch.mul(values, steps, out=products))
         square = torch.mul(steps, steps, out=products).sum(1)  # of whole numbers: exact in any order
         scale = (overlap / square).half().float()
@@ -61,8 +65,8 @@ def quantize_blocks(values: torch.Tensor, bits: int) -> QuantizedBlocks:
 
 
 def _sum_blocks(values: torch.Tensor) -> torch.Tensor:
-    """(K, BLOCK, N) to (K, N) by halves, in place: torch's own order of sums depends on the shape and the machine."""
-    size = BLOCK
+    """(K, block, N) to (K, N) by halves, in place: torch's own order of sums depends on the shape and the machine."""
+    size = values.shape[1]
     while size > 1:
         size //= 2
         values[:, :size] += values[:, size : 2 * size]
@@ -72,23 +76,23 @@ def _sum_blocks(values: torch.Tensor) -> torch.Tensor:
 def quantize_matrix(matrix: torch.Tensor, bits: int, codes: torch.Tensor, scales: torch.Tensor) -> None:
     """Quantize W^T (inputs, outputs), any float type, into the layout of MatMulNBits, tile by tile.
 
-    codes uint8 (outputs, ceil(inputs / BLOCK), BLOCK * bits / 8) and scales float16 (outputs, ceil(inputs / BLOCK)) are
+    codes uint8 (outputs, ceil(inputs / block), block * bits / 8) and scales float16 (outputs, ceil(inputs / block)) are
     written. Inputs are filled up with zeros to whole blocks. ValueError as `quantize_blocks`.
     """
-    outputs = matrix.shape[1]
-    width = min(outputs, TILE_COLUMNS)
-    height = max(1, TILE // (BLOCK * width))  # blocks
-    for block in range(0, codes.shape[1], height):
+    outputs, block = matrix.shape[1], codes.shape[2] * 8 // bits
+    width = min(outputs, TILE_COLUMNS * BLOCK // block)
+    height = max(1, TILE // (block * width))  # blocks
+    for first in range(0, codes.shape[1], height):
         for column in range(0, outputs, width):
-            part = matrix[block * BLOCK : (block + height) * BLOCK, column : column + width].float()
-            if missing := -part.shape[0] % BLOCK:
+            part = matrix[first * block : (first + height) * block, column : column + width].float()
+            if missing := -part.shape[0] % block:
                 part = torch.nn.functional.pad(part, (0, 0, 0, missing))
-            q = quantize_blocks(part.contiguous().view(-1, BLOCK, part.shape[1]), bits)
-            place = slice(column, column + width), slice(block, block + height)
+            q = quantize_blocks(part.contiguous().view(-1, block, part.shape[1]), bits)
+            place = slice(column, column + width), slice(first, first + height)
             codes[place] = pack(q.codes, bits).permute(2, 0, 1)
             scales[place] = q.scales.T
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 codes (K, BLOCK, N) as bytes (K, BLOCK * bits / 8, N), low bits first."""
+    """uint8 codes (K, block, N) as bytes (K, block * bits / 8, N), low bits first."""
     return codes if bits == 8 else codes[:, 0::2] | (codes[:, 1::2] << 4)

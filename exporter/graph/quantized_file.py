@@ -31,6 +31,7 @@ class Stored:
     """How one tensor enters the bundle: in `dtype` (safetensors name), or in `bits`-bit blocks.
 
     exact: with the codes and the row scales that bitsandbytes gives a Conv1D, instead of a search for good scales.
+    block: weights that share a scale.
     """
 
     source: TensorInfo
@@ -38,6 +39,7 @@ class Stored:
     bits: int = 0
     transposed: bool = False  # Conv1D: the checkpoint holds W^T
     exact: bool = False
+    block: int = BLOCK
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,7 +48,7 @@ class Stored:
 
     @property
     def codes_name(self) -> str:
-        return codes_name(self.source.name, self.bits, self.shape[1], BLOCK, transposed=self.transposed)
+        return codes_name(self.source.name, self.bits, self.shape[1], self.block, transposed=self.transposed)
 
     @property
     def scale_dtype(self) -> str:
@@ -57,9 +59,9 @@ class Stored:
         if not self.bits:
             return [_slot(self.source.name, self.dtype, self.source.shape)]
         outputs, inputs = self.shape
-        blocks = -(-inputs // BLOCK)
+        blocks = -(-inputs // self.block)
         return [
-            _slot(self.codes_name, "U8", (outputs, blocks, BLOCK * self.bits // 8)),
+            _slot(self.codes_name, "U8", (outputs, blocks, self.block * self.bits // 8)),
             _slot(self.codes_name + SCALES, self.scale_dtype, (outputs, blocks)),
         ]
 
@@ -189,7 +191,7 @@ def _quantized(stored: Stored, pool: ThreadPoolExecutor) -> list[Named]:
     codes = torch.empty(codes_slot.shape, dtype=torch.uint8)
     scales = torch.empty(scales_slot.shape, dtype=DTYPES[stored.scale_dtype])
     info = stored.source
-    ranges = _row_ranges(info, BLOCK if stored.transposed else 1)
+    ranges = _row_ranges(info, stored.block if stored.transposed else 1)
     if stored.exact:
         from exporter.merging import int8  # it imports transformers, which other precisions do without
 
@@ -215,7 +217,7 @@ def _searched_part(stored: Stored, codes: torch.Tensor, scales: torch.Tensor) ->
     def part(rows: tuple[int, int]) -> None:
         values = read_rows(stored.source, *rows)
         if stored.transposed:
-            blocks = slice(rows[0] // BLOCK, -(-rows[1] // BLOCK))
+            blocks = slice(rows[0] // stored.block, -(-rows[1] // stored.block))
             quantize_matrix(values, stored.bits, codes[:, blocks], scales[:, blocks])
         else:
             quantize_matrix(values.T, stored.bits, codes[slice(*rows)], scales[slice(*rows)])

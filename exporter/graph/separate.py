@@ -14,6 +14,7 @@ from exporter.graph.architectures import read_decoder
 from exporter.graph.bundle import Bundle
 from exporter.graph.decoder import Decoder
 from exporter.graph.export import can_be_pointed_into, export_converted, export_native
+from exporter.graph.quantize import BLOCK
 from exporter.merging.changes import LowRank
 from exporter.merging.delta import read_factors
 from exporter.merging.lora import lora_changes
@@ -34,6 +35,7 @@ def export_separate(
     *,
     precision: str = "native",
     target: str = "cpu",
+    block_size: int = BLOCK,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Bundle:
@@ -64,7 +66,14 @@ def export_separate(
         "ONNX's external data must lie beside the graph as regular files"
     )
     return export_converted(
-        checkpoint.directory, out, precision, target, adapters=opened, force=force, progress=progress
+        checkpoint.directory,
+        out,
+        precision,
+        target,
+        block_size=block_size,
+        adapters=opened,
+        force=force,
+        progress=progress,
     )
 
 

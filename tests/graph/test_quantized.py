@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
-from exporter.errors import InputRefused
+from exporter.errors import InputRefused, UsageError
 from exporter.graph import Bundle, dequantized_weights, export
 from exporter.graph.bundle import bundle_weights
 from exporter.graph.export import ACCURACY_LEVEL
-from exporter.graph.quantize import BLOCK, pack, quantize_blocks
+from exporter.graph.quantize import BLOCK, BLOCKS, pack, quantize_blocks
 from exporter.graph.weights import WEIGHTS, Quantized, unpack
 from exporter.runtime.load import load
 from tests.graph.conftest import TinyModel, tiny_model, tokens
@@ -57,6 +57,12 @@ def test_int8_activations_stay_near(tmp_path: Path, tiny: TinyModel, precision: 
     expected = logits(carrying(bundle, tiny.model.config))
     error = load(bundle, threads=1).logits(IDS) - expected
     assert np.sqrt((error**2).mean()) < 0.04 * expected.std()
+
+
+@pytest.mark.parametrize("size", [16, 31, 0])
+def test_a_block_size_that_the_operator_lacks_is_refused(tmp_path: Path, tiny: TinyModel, size: int) -> None:
+    with pytest.raises(UsageError, match=rf"block size {size}[\s\S]*32, 64, 128, 256"):
+        export(tiny.directory, precision=["int8"], block_size=size, out=tmp_path)
 
 
 def test_4_bits_keep_embedding_and_head_at_8(tmp_path: Path, tiny: TinyModel) -> None:
@@ -149,8 +155,9 @@ def test_packing_puts_the_low_bits_first(codes: list[int]) -> None:
 
 
 def test_the_manifest_counts_every_bit(tmp_path: Path, tiny: TinyModel) -> None:
-    for precision, bits in (("int8", 8.5), ("int4", 4.5)):
-        bundle = export(tiny.directory, precision=[precision], out=tmp_path)[0]
+    for precision, block, bits in (("int8", 32, 8.5), ("int4", 32, 4.5), ("int4", 64, 4.25)):
+        bundle = export(tiny.directory, precision=[precision], block_size=block, out=tmp_path)[0]
+        assert bundle.section["block"] == block
         stated = bundle.section["bits_per_weight"]
         assert stated["matrices"] == bits
         tensors = load_file(bundle.directory / WEIGHTS)
@@ -167,6 +174,7 @@ def test_the_manifest_counts_every_bit(tmp_path: Path, tiny: TinyModel) -> None:
     vocabulary=st.integers(2, 300),
     tied=st.booleans(),
     precision=st.sampled_from(["int8", "int4"]),
+    block=st.sampled_from(BLOCKS),
     level=st.sampled_from([0, 1, 4]),
     seed=st.integers(0, 1 << 16),
 )
@@ -179,11 +187,12 @@ def test_random_architectures_compute_with_the_dequantized_weights(
     vocabulary: int,
     tied: bool,
     precision: str,
+    block: int,
     level: int,
     seed: int,
 ) -> None:
     """Widths that blocks do not divide, odd vocabularies. Float activations: as transformers but for rounding; int8
-    activations (level 4) have 127 steps a block of 32, about 1 % of noise in each product.
+    activations (level 4) have 127 steps a block, about 1 % of noise in each product.
     """
     directory = tmp_path_factory.mktemp("any")
     model = tiny_model(
@@ -199,7 +208,7 @@ def test_random_architectures_compute_with_the_dequantized_weights(
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ACCURACY_LEVEL, "cpu", level)
-        bundle = export(directory / "merged", precision=[precision])[0]
+        bundle = export(directory / "merged", precision=[precision], block_size=block)[0]
     onnx.checker.check_model(bundle.graph, full_check=True)
     ids = tokens(9, seed, vocabulary)
     with torch.no_grad():

@@ -87,6 +87,11 @@ class Oracle:
         return self._names
 
     @property
+    def state_names(self) -> list[str]:
+        """All names of the model's state, without its prefix, in its order."""
+        return list(map(self.canonical, self._state))
+
+    @property
     def int8_names(self) -> list[str]:
         """Names of the weights that stand on int8 codes; none for onto "original"."""
         return list(self._int8)

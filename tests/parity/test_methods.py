@@ -180,7 +180,7 @@ def make(directory: Path, case: Case, **options: Any) -> Made:
 
 
 def outcomes(bundle: Bundle, oracle: Oracle) -> dict[str, str]:
-    return {gate.gate: gate.outcome for gate in check_weights(bundle, oracle, LIMITS)[0]}
+    return {gate.gate: gate.outcome for gate in check_weights(bundle, oracle, LIMITS).gates}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -61,7 +61,7 @@ def oracle(onto: Onto) -> Oracle:
 
 
 def outcomes(bundle: Bundle, oracle: Oracle) -> dict[str, str]:
-    return {gate.gate: gate.outcome for gate in check_weights(bundle, oracle, LIMITS)[0]}
+    return {gate.gate: gate.outcome for gate in check_weights(bundle, oracle, LIMITS).gates}
 
 
 def test_the_codes_are_those_of_the_loaded_8_bit_model(made: Made) -> None:
@@ -185,7 +185,7 @@ def test_one_tensor_on_the_wrong_base_fails(onto: Onto, oracle: Oracle, tmp_path
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "exporter.json").unlink()
     export(directory, force=True)
-    gates, _ = check_weights(open_bundle(directory), oracle, LIMITS)
+    gates = check_weights(open_bundle(directory), oracle, LIMITS).gates
     (untouched,) = [gate for gate in gates if gate.gate == "weights.untouched"]
     assert untouched.outcome == "FAIL"
     assert "h.1.mlp.c_fc.weight" in untouched.detail

@@ -16,7 +16,7 @@ class Exporter:
     version = version("onnxruntime-gpu")
 
     def __init__(self, job: Job) -> None:
-        bundle = next(one for one in bundles_in(Path(job.model)) if one.precision == job.flavour)
+        bundle = next(one for one in bundles_in(Path(job.model)) if one.precision == job.flavour.partition("/")[0])
         self.runner = load(bundle, provider="cpu", threads=job.threads)
         self.cache = self.runner.new_cache(1, job.context)
         self.weight_bytes = read_bytes(bundle)

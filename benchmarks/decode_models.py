@@ -66,11 +66,15 @@ def make_checkpoint(place: Place, size: str) -> None:
     run([sys.executable, HERE / "make_base.py", "--random", *shape, "--out", place.directory])
 
 
-def make_bundle(place: Place, precision: str) -> Path:
-    """Exported anew each time: the benchmark is of the exporter as it is now."""
+def make_bundle(place: Place, flavour: str) -> Path:
+    """`flavour`: a precision, and where it is quantized a block size, int8/32. Exported anew each time: the benchmark
+    is of the exporter as it is now.
+    """
+    precision, _, block = flavour.partition("/")
+    out = place.directory / f"block{block}"
     command = [sys.executable, "-m", "exporter.cli", "export", place.base, "--quiet", "--force"]
-    run([*command, "--precision", precision, "--out", place.directory])
-    return place.base if precision == "native" else place.directory / precision
+    run([*command, "--precision", precision, *(["--block-size", block] if block else []), "--out", out])
+    return out / precision if block else place.base
 
 
 def make_gguf(place: Place, kind: str) -> Path:
@@ -126,8 +130,10 @@ def make_nothing(place: Place, flavour: str) -> Path:
 
 CONTENDERS = {
     "exporter-native": Entry("decode_exporter", "native", make_bundle),
-    "exporter-int8": Entry("decode_exporter", "int8", make_bundle),
-    "exporter-int4": Entry("decode_exporter", "int4", make_bundle),
+    "exporter-int8": Entry("decode_exporter", "int8/32", make_bundle),
+    "exporter-int4": Entry("decode_exporter", "int4/32", make_bundle),
+    "exporter-int8-block128": Entry("decode_exporter", "int8/128", make_bundle),
+    "exporter-int4-block128": Entry("decode_exporter", "int4/128", make_bundle),
     "llama.cpp-f32": Entry("decode_llama", "f32", make_gguf, of_peers=True),
     "llama.cpp-f16": Entry("decode_llama", "f16", make_gguf, of_peers=True),
     "llama.cpp-q8_0": Entry("decode_llama", "q8_0", make_gguf, of_peers=True),

@@ -28,7 +28,19 @@ def export(checkpoint: Path, out: Path) -> None:
     partial = out.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     task = "text-generation-with-past"
-    main_export(str(checkpoint), output=partial, task=task, dtype="fp32", device="cpu", do_validation=False)
+    try:
+        main_export(str(checkpoint), output=partial, task=task, dtype="fp32", device="cpu", do_validation=False)
+    except RuntimeError:  # beyond 2 GB its search for weights that occur twice fails
+        shutil.rmtree(partial)
+        main_export(
+            str(checkpoint),
+            output=partial,
+            task=task,
+            dtype="fp32",
+            device="cpu",
+            do_validation=False,
+            no_post_process=True,
+        )
     partial.rename(out)
 
 

@@ -2,7 +2,7 @@
 
 import onnx_ir as ir
 
-from exporter.graph.builder import GraphBuilder
+from exporter.graph.builder import MICROSOFT, GraphBuilder
 
 FACTORS = ("lora_A", "lora_B")
 
@@ -24,9 +24,18 @@ def add_low_rank(
     down, up = factor_names(module)
     a = b.empty_input(down, ir.DataType.FLOAT, [inputs, f"{module}.rank"])
     z = b.empty_input(up, ir.DataType.FLOAT, [f"{module}.rank", outputs])
-    (narrow,) = b.op("MatMul", [x, b.cast(a, dtype)], name=f"{module}.lora.down")  # (B, S, r)
-    (delta,) = b.op("MatMul", [narrow, b.cast(z, dtype)], name=f"{module}.lora.up")  # (B, S, out)
+    narrow = _product(b, x, b.cast(a, dtype), 0.5, f"{module}.lora.down")  # (B, S, r)
+    delta = _product(b, narrow, b.cast(z, dtype), 2.0, f"{module}.lora.up")  # (B, S, out)
     return b.op("Add", [y, delta], name=f"{module}.lora")[0]
+
+
+def _product(b: GraphBuilder, x: ir.Value, w: ir.Value, alpha: float, name: str) -> ir.Value:
+    """alpha x w. A plain product, alpha 1, of a single row takes another kernel where w is no constant (MLAS sgemm),
+    and what a stream gets would depend on how many run beside it. Powers of two that cancel round nothing.
+    """
+    if w.dtype == ir.DataType.FLOAT:
+        return b.op("FusedMatMul", [x, w], {"alpha": alpha}, domain=MICROSOFT, name=name)[0]
+    return b.op("MatMul", [x, w], name=name)[0]  # FusedMatMul on a CPU is float32 alone
 
 
 def add_fixed_low_rank(

@@ -1,6 +1,7 @@
 """A bundle at work: prefill, cached decoding, generation."""
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -18,6 +19,7 @@ from exporter.runtime.sampling import GREEDY, Sampling, generators, next_token
 # Tokens of a prompt that one call computes: bounds the logits, (512, 50257) float32 = 103 MB.
 CHUNK = 512
 SMALLEST_CHUNK = 2
+ATTENTION_BLOCK = 64  # onnxruntime takes 2 * head size queries at once, fewer where the cache of a core is small
 FIRST_CAPACITY = 128
 Reason = Literal["stop", "length"]
 
@@ -31,14 +33,16 @@ class Token:
     reason: Reason | None
 
 
-def next_chunk(remaining: int, chunk: int) -> int:
-    """How many of a prompt's `remaining` tokens to compute next, about `chunk` at a time.
+def next_chunk(remaining: int, chunk: int, block: int) -> int:
+    """How many of a prompt's `remaining` tokens to compute next: about `chunk`, and never so that one is left alone.
 
-    A single token takes other kernels than several: attention then differs in the last bits, after which int8
-    activations round otherwise (0.09 in a logit of the demo pair). So no token of a longer prompt is left alone, and
-    the logits are bit for bit the same wherever a prompt is split (tests/serving/test_engine_equality.py).
+    A single token takes other kernels than several, here and in attention, whose CPU kernel takes them in multiples of
+    `block`. It then differs in the last bits, and after that int8 activations round otherwise (0.09 in a logit of the
+    demo pair). Without such a token the logits are bit for bit the same wherever a prompt is split, which
+    tests/serving/test_engine_equality.py shows.
     """
-    return remaining if remaining < chunk + SMALLEST_CHUNK else chunk
+    size = remaining if remaining < chunk + SMALLEST_CHUNK else chunk
+    return size - SMALLEST_CHUNK if size % block == 1 < size else size
 
 
 class Runner:
@@ -85,6 +89,10 @@ class Runner:
         """What a cache of `rows` rows with `capacity` slots each takes."""
         return self._cache_shape.nbytes(rows, capacity)
 
+    def next_chunk(self, remaining: int, chunk: int) -> int:
+        """`next_chunk` for this model's attention."""
+        return next_chunk(remaining, chunk, math.gcd(ATTENTION_BLOCK, 2 * self._cache_shape.head_size))
+
     def logits(self, token_ids: Sequence[int], *, chunk: int = CHUNK) -> np.ndarray:
         """float32 (T, V): the logits after each of the T tokens. UsageError unless 1 <= T <= n_positions."""
         cache = self.new_cache(1, len(token_ids))
@@ -110,7 +118,7 @@ class Runner:
         self._require_room(int(cache.lengths[row]) + len(ids))
         start = 0
         while start < len(ids):
-            stop = start + next_chunk(len(ids) - start, chunk)
+            stop = start + self.next_chunk(len(ids) - start, chunk)
             yield self.append(cache, row, ids[None, start:stop], keep)[0]
             start = stop
 

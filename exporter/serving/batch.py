@@ -9,7 +9,7 @@ import numpy as np
 
 from exporter.errors import EnvironmentLacking, ExporterError
 from exporter.runtime.logprobs import logprobs
-from exporter.runtime.runner import SMALLEST_CHUNK, Runner, next_chunk
+from exporter.runtime.runner import SMALLEST_CHUNK, Runner
 from exporter.runtime.sampling import generators, next_token, require_finite
 from exporter.serving.requests import Reason, Request, Step
 from exporter.serving.scheduler import LEAST_CHUNK, ChunkSize
@@ -139,7 +139,7 @@ class Batch:
         self._take_from_neighbours(active)
         row, prompt, slot = active.row, active.request.prompt, self.slots[active.row]
         start = int(self._cache.lengths[row])
-        stop = start + next_chunk(len(prompt) - start, chunk)
+        stop = start + self._runners[active.request.adapter].next_chunk(len(prompt) - start, chunk)
         keep = stop - start if active.request.echo_logprobs else 1
         logits = self._append([active], row, np.array([prompt[start:stop]]), keep)
         if logits is None:

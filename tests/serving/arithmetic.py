@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from exporter.runtime.cache import CacheShape, KeyValueCache
-from exporter.runtime.runner import Runner
+from exporter.runtime.runner import Runner, next_chunk
 from exporter.serving.requests import Request, Step
 
 VOCABULARY, POSITIONS, STOP = 97, 64, 96
@@ -49,6 +49,9 @@ class ArithmeticRunner:
 
     def new_cache(self, rows: int, capacity: int) -> KeyValueCache:
         return KeyValueCache(CacheShape(1, 1, 1, np.float32, "cpu"), rows, capacity)
+
+    def next_chunk(self, remaining: int, chunk: int) -> int:
+        return next_chunk(remaining, chunk, 16)
 
     def append(self, cache: KeyValueCache, first: int, token_ids: np.ndarray, keep: int = 1) -> np.ndarray:
         count, new = token_ids.shape

@@ -23,8 +23,8 @@ class Metrics:
         self.requests = Counter(
             "exporter_http_requests", "Responses by path and status.", ["path", "status"], registry=self._registry
         )
-        self.rejections = Counter(
-            "exporter_rejections", "Requests turned away, by the error's code.", ["code"], registry=self._registry
+        self.errors = Counter(
+            "exporter_errors", "Requests that got an error, by its code.", ["code"], registry=self._registry
         )
         self.seconds = Histogram(
             "exporter_request_seconds", "From request to last byte.", ["path"], buckets=WHOLE, registry=self._registry

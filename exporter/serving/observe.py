@@ -60,7 +60,7 @@ class Observe:
         metrics.requests.labels(path, str(status)).inc()
         metrics.seconds.labels(path).observe(seconds)
         if facts.error is not None:
-            metrics.rejections.labels(facts.error).inc()
+            metrics.errors.labels(facts.error).inc()
         self._service.log.write(
             "error" if status >= 500 and status != 503 else "info",
             "request",

@@ -1,0 +1,262 @@
+"""Operations: health, figures, logs, the key, full queues, clients that go or stall, and an end that loses nothing."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+
+from exporter.runtime.generate import generate
+from exporter.serving.service import Limits
+from tests.serving.running import Running, running
+
+LONG = {"max_tokens": 400, "temperature": 0, "extra_body": {"ignore_eos": True}}
+EXPORTER = [sys.executable, "-m", "exporter.cli", "serve"]
+
+
+def wait_for(condition, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_health_and_figures(demo: Path) -> None:
+    with running([f"demo={demo}"]) as server:
+        assert (server.get("/healthz").text, server.get("/readyz").text) == ("ok\n", "ready\n")
+        client = server.client()
+        client.completions.create(model="demo", prompt="One", n=2, max_tokens=5, extra_body={"ignore_eos": True})
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model="none", prompt="One")
+        paths = {"path": "/v1/completions"}
+        assert server.metric("exporter_http_requests_total", status="200", **paths) == 1
+        assert server.metric("exporter_http_requests_total", status="404", **paths) == 1
+        assert server.metric("exporter_errors_total", code="model_not_found") == 1
+        assert server.metric("exporter_generated_tokens_total", bundle="demo") == 10
+        assert server.metric("exporter_time_to_first_token_seconds_count", model="demo") == 2
+        assert server.metric("exporter_time_per_token_seconds_count", model="demo") == 8
+        assert server.metric("exporter_choices_total", model="demo", finish_reason="length") == 2
+        assert server.metric("exporter_slots", bundle="demo") == 8
+        assert server.metric("exporter_slots_running", bundle="demo") == 0
+        assert server.metric("process_resident_memory_bytes") > 1e6
+
+
+def test_a_request_is_one_line_without_its_text(tiny: Path) -> None:
+    for log_prompts in (False, True):
+        with running([f"tiny={tiny}"], log_prompts=log_prompts) as server:
+            response = server.post("/v1/completions", {"model": "tiny", "prompt": "my secret", "max_tokens": 3})
+            wait_for(lambda server=server: server.lines())
+            (line,) = server.lines()
+            assert line["id"] == response.headers["x-request-id"]
+            assert line | {"status": 200, "model": "tiny", "prompt_tokens": 9, "stream": False} == line
+            assert line["new_tokens"] == response.json()["usage"]["completion_tokens"]
+            assert ("my secret" in json.dumps(line)) is log_prompts
+
+
+def test_the_key_is_asked_for(tiny: Path) -> None:
+    with running([f"tiny={tiny}"], api_key="sesame") as server:
+        assert len(list(server.client("sesame").models.list())) == 1
+        with pytest.raises(openai.AuthenticationError) as refused:
+            server.client("Sesame").completions.create(model="tiny", prompt="a")
+        assert refused.value.code == "invalid_api_key"
+        for path in ("/v1/models", "/v1/models/tiny", "/metrics"):
+            for headers in ({}, {"authorization": "Basic sesame"}, {"authorization": b"Bearer \xff\xe9"}):
+                response = server.get(path, headers=headers)
+                assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
+        for path in ("/healthz", "/readyz", "/"):
+            assert server.get(path).status_code == 200
+        assert "sesame" not in server.log.getvalue()
+
+
+def test_a_full_queue_is_429_with_retry_after(demo: Path) -> None:
+    with running([f"demo={demo}"], slots=1, queue=1) as server:
+        client = server.client()
+        first = client.completions.create(model="demo", prompt="One", stream=True, **LONG)
+        next(iter(first))  # has the slot
+        second = threading.Thread(
+            target=client.completions.create, kwargs={"model": "demo", "prompt": "Two", "max_tokens": 1}
+        )
+        second.start()
+        wait_for(lambda: server.metric("exporter_queue_requests", bundle="demo") == 1)
+        with pytest.raises(openai.RateLimitError) as refused:
+            client.completions.create(model="demo", prompt="Three")
+        assert int(refused.value.response.headers["retry-after"]) >= 1
+        assert refused.value.code == "queue_full"
+        assert server.metric("exporter_errors_total", code="queue_full") == 1
+        first.close()
+        second.join(20)
+        assert not second.is_alive()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_slot(demo: Path, stream: bool) -> None:
+    with running([f"demo={demo}"]) as server:
+        body = {"model": "demo", "prompt": "One", "max_tokens": 500, "ignore_eos": True, "stream": stream}
+        with raw_post(server, body | {"temperature": 0}) as raw:
+            if stream:
+                assert raw.recv(300)
+            wait_for(lambda: server.metric("exporter_slots_running", bundle="demo") == 1)
+        wait_for(lambda: server.metric("exporter_slots_running", bundle="demo") == 0)
+        wait_for(lambda: any(line.get("path") == "/v1/completions" for line in server.lines()))
+        (line,) = [line for line in server.lines() if line["path"] == "/v1/completions"]
+        assert line["status"] == 499
+        assert line["new_tokens"] < 500
+
+
+@contextmanager
+def raw_post(server: Running, body: dict[str, Any]) -> Iterator[socket.socket]:
+    host, port = server.url.removeprefix("http://").split(":")
+    content = json.dumps(body).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port)), timeout=20) as raw:
+        raw.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        yield raw
+
+
+def test_who_sends_or_reads_nothing_is_cut_off(tiny: Path) -> None:
+    with running([f"tiny={tiny}"], limits=Limits(read=0.3, write=0.3)) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        for sent, expected in (
+            (b"", b""),  # no request at all: closed without a word
+            (head, b""),  # half a head
+            (head + b"Content-Length: 50\r\n\r\n{", b"HTTP/1.1 408 "),  # half a body
+        ):
+            with socket.create_connection((host, int(port)), timeout=10) as raw:
+                raw.sendall(sent)
+                began = time.monotonic()
+                try:
+                    answer = raw.recv(13)
+                except ConnectionResetError:
+                    answer = b""
+                assert answer == expected
+                assert 0.2 < time.monotonic() - began < 5
+        # A connection in use is not cut off between its requests.
+        with httpx.Client(base_url=server.url) as client:
+            for _ in range(2):
+                assert client.get("/healthz").status_code == 200
+                time.sleep(0.5)
+
+
+def test_a_deadline_ends_an_answer(demo: Path) -> None:
+    with running([f"demo={demo}"], slots=1, limits=Limits(request=0.4)) as server:
+        made = server.client().completions.create(model="demo", prompt="One", **LONG)
+        assert made.usage is not None
+        assert 0 < made.usage.completion_tokens < 400
+        assert made.choices[0].finish_reason == "length"
+
+
+# The command itself.
+
+
+@contextmanager
+def command(*arguments: object, **environment: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """`exporter serve ... --json` in a process of its own, and its ready document."""
+    words = [*EXPORTER, *map(str, arguments), "--port", "0", "--json", "--threads", "1"]
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+    )
+    assert process.stdout is not None
+    text = ""
+    while True:
+        line = process.stdout.readline()
+        assert line, process.communicate()[1]
+        text += line
+        if line == "}\n":
+            break
+    try:
+        yield process, json.loads(text)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_sigterm_in_the_middle_of_a_stream_loses_nothing(demo: Path) -> None:
+    expected = generate(demo, prompt="Once upon a time", max_new_tokens=300).text
+    with command(f"demo={demo}") as (process, ready):
+        assert ready["models"][0] | {"id": "demo", "precision": "int8"} == ready["models"][0]
+        client = OpenAI(base_url=ready["url"] + "/v1", api_key="none", max_retries=0)
+        settings = {"model": "demo", "prompt": "Once upon a time", "max_tokens": 300, "temperature": 0}
+        whole: list[str] = []
+        other = threading.Thread(target=lambda: whole.append(client.completions.create(**settings).choices[0].text))
+        stream = iter(client.completions.create(**settings, stream=True))
+        pieces = [next(stream).choices[0].text]
+        other.start()
+        time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+        with pytest.raises((openai.InternalServerError, openai.APIConnectionError)) as refused:
+            client.completions.create(**settings)
+        if isinstance(refused.value, openai.InternalServerError):  # the stream was still under way
+            assert refused.value.status_code == 503
+            assert refused.value.response.headers["retry-after"]
+        pieces += [chunk.choices[0].text for chunk in stream]
+        other.join(30)
+        assert "".join(pieces) == expected
+        assert whole == [expected]
+        out, log = process.communicate(timeout=30)
+        assert (process.returncode, out) == (143, "")
+        lines = [json.loads(line) for line in log.splitlines()]
+        assert lines[-1] | {"event": "stopped", "drained": True} == lines[-1]
+
+
+def test_a_drain_timeout_ends_streams_with_an_error(demo: Path) -> None:
+    with command(f"demo={demo}", "--drain-timeout", "0") as (process, ready):
+        client = OpenAI(base_url=ready["url"] + "/v1", api_key="none", max_retries=0)
+        stream = iter(client.completions.create(model="demo", prompt="One", stream=True, **LONG))
+        next(stream)
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(openai.APIError, match="shutting down"):
+            list(stream)
+        process.communicate(timeout=30)
+        assert process.returncode == 130
+
+
+def test_the_key_comes_from_a_file_or_the_environment(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("from-file\n")
+    with command(tiny, "--api-key-file", tmp_path / "key", EXPORTER_API_KEY="from-environment") as (_, ready):
+        assert ready["api_key"] is True
+        for key, status in (("from-file", 200), ("from-environment", 401)):
+            headers = {"authorization": f"Bearer {key}"}
+            assert httpx.get(ready["url"] + "/v1/models", headers=headers).status_code == status
+
+
+def fails(*arguments: object, code: int, **environment: str) -> str:
+    words = [*EXPORTER, *map(str, arguments)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=os.environ | environment)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    return done.stderr
+
+
+def test_what_cannot_be_served_is_said(tiny: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"port {port} on 127.0.0.1 is in use" in fails(tiny, "--port", port, code=5)
+    assert "no address of this machine" in fails(tiny, "--host", "192.0.2.1", code=5)
+    assert "two models are named" in fails(tiny, tiny, "--port", 0, code=2)
+    assert "no exported graph" in fails(tmp_path, "--port", 0, code=4)
+    assert "API key" in fails(tiny, "--port", 0, code=2, EXPORTER_API_KEY=" ")
+    assert "cannot be read" in fails(tiny, "--port", 0, "--api-key-file", tmp_path / "none", code=2)
+    fails(code=2)
+
+
+def test_an_open_address_is_warned_of(tiny: Path) -> None:
+    with command(tiny, "--host", "0.0.0.0") as (process, _):
+        process.send_signal(signal.SIGTERM)
+        lines = [json.loads(line) for line in process.communicate(timeout=30)[1].splitlines()]
+    (warning,) = [line for line in lines if line["level"] == "warning"]
+    assert "EXPORTER_API_KEY" in warning["message"]

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
 # `make` sets up environments and `exporter run recipes/...` needs the hub: CI and test_recipe.py run those.
-ELSEWHERE = ("make ", "exporter run recipes/")
+# `exporter serve` does not end: tests/serving.
+ELSEWHERE = ("make ", "exporter run recipes/", "exporter serve ")
 
 
 def commands() -> list[str]:

@@ -28,7 +28,7 @@ PAGE_FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
 
 def build_app(service: Service) -> FastAPI:
     """Everything that the server answers. No page of FastAPI's own: those load scripts from a network."""
-    app = FastAPI(title="Exporter", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="Exporter", redirect_slashes=False, docs_url=None, redoc_url=None, openapi_url=None)
     guarded = APIRouter(dependencies=[Depends(service.authorize)])
 
     @guarded.post("/v1/completions", response_model=None)

@@ -23,7 +23,7 @@ from exporter.serving.requests import Request
 class Limits:
     """body: bytes of a request. choices: texts that one request may ask for, prompts times n.
 
-    Seconds: read for a body, write for a reader that takes nothing, request for the whole answer
+    Seconds: read for a body, write for a reader that takes nothing, request for the whole answer.
     """
 
     body: int = 1_000_000

@@ -9,6 +9,8 @@ from exporter.parity.result import Verification
 from exporter.progress import SILENT, Progress
 from exporter.report import prepare_directory, write_report
 
+SCRATCH = ".scratch"
+
 
 def verify(
     *,
@@ -20,12 +22,15 @@ def verify(
     reference: str | Path = "int8",
     level: Level = "commit",
     report: str | Path | None = None,
+    scratch: str | Path | None = None,
     progress: Progress = SILENT,
 ) -> Verification:
     """Compare bundles with the unmerged model in fp32 (the truth) and in 8 bits (the reference).
 
-    report: where verification.json, junit.xml, summary.md and report.html go. The other arguments and the errors are
-    those of `exporter.parity.verify.verify`. A difference is no error: see the result's verdict and exit_code.
+    report: where verification.json, junit.xml, summary.md and report.html go. scratch: where logits and hidden states
+    lie until the run is done, so that an interrupted one goes on; default `.scratch` in `report`, and without a report
+    a temporary directory. The other arguments and the errors are those of `exporter.parity.verify.verify`. A difference
+    is no error: see the result's verdict and exit_code.
     """
     bundles = [Path(bundle)] if isinstance(bundle, str | Path) else [Path(one) for one in bundle]
     if report is not None:
@@ -38,6 +43,7 @@ def verify(
         prompts=prompts,
         reference=reference,
         level=level,
+        scratch=scratch or (Path(report) / SCRATCH if report is not None else None),
         progress=progress,
     )
     if report is not None:

@@ -61,7 +61,7 @@ class BlockModel:
 
     def __init__(self, spec: BlockSpec) -> None:
         self._spec = spec
-        self._skeleton = _skeleton(spec)
+        self._skeleton = without_weights(spec.directory, torch.float32, spec.options.rows)
         self._path = _blocks_path(self._skeleton)
         self._aliases = _aliases(self._skeleton)
         self._embeddings = _embedding_weights(self._skeleton)
@@ -223,10 +223,8 @@ class BlockModel:
             module._buffers[leaf] = value
 
     def _stored(self, name: str) -> torch.Tensor | None:
-        """Some checkpoints carry the base model's prefix in their names, and some do not."""
-        prefix = f"{self._skeleton.base_model_prefix}."
-        candidates = (name, name.removeprefix(prefix), prefix + name)
-        return next((value for one in candidates if (value := self._spec.values(one)) is not None), None)
+        values = map(self._spec.values, stored_names(name, self._skeleton.base_model_prefix))
+        return next((value for value in values if value is not None), None)
 
 
 class _Reached(Exception):
@@ -247,16 +245,24 @@ def _forward(meet: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _skeleton(spec: BlockSpec) -> Any:
-    """The architecture in float32 without weights; buffers, such as causal masks and rotary frequencies, are real."""
+def stored_names(name: str, prefix: str) -> tuple[str, ...]:
+    """A tensor's names in a checkpoint: some carry the base model's prefix, and some do not."""
+    return (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+
+
+def without_weights(directory: Path, dtype: torch.dtype, rows: int | None = None) -> Any:
+    """The architecture of config.json; parameters have no values. Buffers, such as rotary frequencies, are real.
+
+    rows: of the embeddings, where they are not what config.json says.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(spec.directory, trust_remote_code=False, local_files_only=True)
-    if spec.options.rows is not None:
-        config.get_text_config().vocab_size = spec.options.rows
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    if rows is not None:
+        config.get_text_config().vocab_size = rows
     with quiet(), init_empty_weights(include_buffers=False):
-        model = cast(Any, AutoModelForCausalLM).from_config(config, dtype=torch.float32, trust_remote_code=False)
+        model = cast(Any, AutoModelForCausalLM).from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
     return model.eval()
 

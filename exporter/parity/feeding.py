@@ -6,17 +6,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.parity.gates import Comparison
-from exporter.parity.graphs import Fed, GraphSession
+from exporter.parity.graphs import Call, Graph
 from exporter.parity.result import CacheCheck
 from exporter.parity.statistics import PairTokens, compare, concatenate, score
 from exporter.runtime.runner import Runner
 
 Float32 = NDArray[np.float32]
+Checks = list[tuple[str, PairTokens]]
 DECODED = 8  # tokens decoded one by one in a check
 LONGEST = 96  # tokens of a row in a check, but for the one at the end of the context
 
 
-def check_cache(runner: Runner, rows: Sequence[Sequence[int]], whole_context: bool) -> list[tuple[str, PairTokens]]:
+def check_cache(runner: Runner, rows: Sequence[Sequence[int]], whole_context: bool) -> Checks:
     """Prefill against cached decoding, through the Runner as users run it. `rows`: token ids of a few documents."""
     row = list(max(rows, key=len))[:LONGEST]
     full = runner.logits(row)
@@ -38,43 +39,75 @@ def decode_from(runner: Runner, row: Sequence[int], past: int) -> Float32:
     return np.concatenate([runner.decode(cache, [token]) for token in row[past:]])
 
 
-def check_padding(session: GraphSession, rows: Sequence[Sequence[int]], target: str) -> list[tuple[str, PairTokens]]:
-    """A padded batch against each row alone, at real positions; the pad token must not matter."""
-    rows = [list(row)[:LONGEST] for row in sorted(rows[:3], key=len)]
-    alone = np.concatenate([session.logits(row) for row in rows])
+def check_cache_in_graph(graph: Graph, rows: Sequence[Sequence[int]], context: int, whole_context: bool) -> Checks:
+    """The same of a graph too large for the Runner, the cache fed and returned; rows of unequal length are left out."""
+    row = list(max(rows, key=len))[:LONGEST]
+    calls, checks = [Call(np.array([row]))], list[tuple[str, int, slice]]()
+    for name, past in (("past 1", 1), ("past middle", len(row) // 2)):
+        stop = min(len(row), past + DECODED)
+        calls += decode_calls(row[:stop], past, len(calls))
+        checks.append((f"decode, {name}", len(calls) - (stop - past), slice(past, stop)))
+    checks.append(("prefill in chunks of 7", len(calls), slice(0, len(row))))
+    calls += chunk_calls(row, 7, len(calls))
+    tokens = _fill(rows, context) if whole_context else []
+    if tokens:
+        calls += [Call(np.array([tokens])), *decode_calls(tokens, context - 1, len(calls) + 1)]
+    logits = [one[0] for one in graph.run(calls)]
     found = []
-    sides = ("left", "right") if target == "cpu" else ("right",)
-    for side in sides:
-        found.append((f"{side}-padded batch", pair(alone, padded(session, rows, side, pad=0))))
-        other = padded(session, rows, side, pad=max(map(max, rows)))
-        found.append((f"{side}-padded batch, other pad token", pair(alone, other)))
+    for name, first, positions in checks:
+        length = positions.stop - positions.start
+        found.append((name, pair(logits[0][positions], np.concatenate(logits[first : first + length])[:length])))
+    if tokens:
+        found.append((f"decode, past {context - 1}", pair(logits[-3][-1:], logits[-1])))
     return found
 
 
-def padded(
-    session: GraphSession, rows: Sequence[Sequence[int]], side: str, pad: int, *, honest_mask: bool = True
-) -> Float32:
-    """The real positions of a padded batch, row after row, (sum of lengths, V). A dishonest mask is a mutant."""
-    longest = max(map(len, rows))
-    ids = np.full((len(rows), longest), pad)
-    mask = np.zeros((len(rows), longest), np.int64)
-    for i, row in enumerate(rows):
-        place = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
-        ids[i, place], mask[i, place] = row, 1
-    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
-    logits = session.feed(ids, mask=mask if honest_mask else np.ones_like(mask), positions=positions).logits
-    return logits[mask.astype(bool)]
+def check_padding(graph: Graph, rows: Sequence[Sequence[int]], target: str) -> Checks:
+    """A padded batch against each row alone, at real positions; the pad token must not matter."""
+    rows = [list(row)[:LONGEST] for row in sorted(rows[:3], key=len)]
+    sides = ("left", "right") if target == "cpu" else ("right",)
+    pads = {"": 0, ", other pad token": max(map(max, rows))}
+    batches = [(side, name, padded_call(rows, side, pad)) for side in sides for name, pad in pads.items()]
+    logits = list(graph.run([*(Call(np.array([row])) for row in rows), *(call for _, _, call in batches)]))
+    alone = np.concatenate([one[0] for one in logits[: len(rows)]])
+    return [
+        (f"{side}-padded batch{name}", pair(alone, one[real_positions(rows, side)]))
+        for (side, name, _), one in zip(batches, logits[len(rows) :], strict=True)
+    ]
 
 
-def decode_with_session(session: GraphSession, row: Sequence[int], past: int, *, stale: bool = False) -> Float32:
-    """(len(row) - past, V) with the cache passed from call to call. A stale last slot is a mutant."""
-    fed = session.feed(np.array([row[:past]]))
-    out = []
-    for token in row[past:]:
-        cache = [_stale(array) for array in fed.cache] if stale else fed.cache
-        fed = Fed(*_step(session, token, cache))
-        out.append(fed.logits[0])
-    return np.concatenate(out)
+def padded_call(rows: Sequence[Sequence[int]], side: str, pad: int, *, honest_mask: bool = True) -> Call:
+    """The rows as one batch, padded on one side with the token `pad`. A dishonest mask is a mutant."""
+    real = real_positions(rows, side)
+    ids = np.full(real.shape, pad)
+    ids[real] = np.concatenate([np.array(row) for row in rows])
+    positions = np.maximum(real.cumsum(axis=1) - 1, 0)
+    return Call(ids, real.astype(np.int64) if honest_mask else np.ones(real.shape, np.int64), positions)
+
+
+def real_positions(rows: Sequence[Sequence[int]], side: str) -> NDArray[np.bool_]:
+    """(B, S): where a batch that is padded on `side` holds the rows' tokens."""
+    lengths = np.array([[len(row)] for row in rows])
+    starts = lengths.max() - lengths if side == "left" else np.zeros_like(lengths)
+    places = np.arange(lengths.max())[None]
+    return (places >= starts) & (places < starts + lengths)
+
+
+def decode_calls(row: Sequence[int], past: int, first: int, *, is_stale: bool = False) -> list[Call]:
+    """Prefill `past` tokens, then one token a call, each after the one before; `first`: the prefill's number."""
+    calls = [Call(np.array([row[:past]]))]
+    for i in range(past, len(row)):
+        calls.append(Call(np.array([[row[i]]]), past=i, after=first + i - past, is_stale=is_stale))
+    return calls
+
+
+def chunk_calls(row: Sequence[int], chunk: int, first: int) -> list[Call]:
+    """The row in chunks, each after the one before; `first`: the number of the first."""
+    starts = range(0, len(row), chunk)
+    return [
+        Call(np.array([row[start : start + chunk]]), past=start, after=first + i - 1 if i else None)
+        for i, start in enumerate(starts)
+    ]
 
 
 def pair(ref: Float32, cand: Float32) -> PairTokens:
@@ -96,18 +129,6 @@ def summaries(checks: Sequence[tuple[str, PairTokens]]) -> list[CacheCheck]:
     ]
 
 
-def _step(session: GraphSession, token: int, cache: list[NDArray]) -> tuple[Float32, list[NDArray]]:
-    fed = session.feed(np.array([[token]]), cache=cache)
-    return fed.logits, fed.cache
-
-
-def _stale(array: NDArray) -> NDArray:
-    """The newest slot still holds what the slot before it holds."""
-    copy = array.copy()
-    copy[:, :, -1] = array[:, :, -2] if array.shape[2] > 1 else 0
-    return copy
-
-
 def _ragged(runner: Runner, rows: Sequence[Sequence[int]]) -> PairTokens:
     """Rows of unequal length decode their last tokens together."""
     steps = min(DECODED, min(map(len, rows)) - 1)
@@ -122,10 +143,15 @@ def _ragged(runner: Runner, rows: Sequence[Sequence[int]]) -> PairTokens:
 
 def _last_position(runner: Runner, rows: Sequence[Sequence[int]]) -> PairTokens:
     """The last token that the context holds."""
-    tokens = [token for row in rows for token in row]
-    tokens = (tokens * (runner.n_positions // len(tokens) + 1))[: runner.n_positions]
+    tokens = _fill(rows, runner.n_positions)
     cache = runner.new_cache(1, runner.n_positions)
     runner.prefill(cache, 0, tokens[:-1])
     decoded = runner.decode(cache, tokens[-1:])
     cache = runner.new_cache(1, runner.n_positions)
     return pair(runner.prefill(cache, 0, tokens)[None], decoded)
+
+
+def _fill(rows: Sequence[Sequence[int]], length: int) -> list[int]:
+    """The rows' tokens, again and again, `length` of them."""
+    tokens = [token for row in rows for token in row]
+    return (tokens * (length // len(tokens) + 1))[:length]

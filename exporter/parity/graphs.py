@@ -1,8 +1,9 @@
 """The bundle's graph opened directly, so that it can be fed as optimum and genai feed it, and changed in memory."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -25,56 +26,116 @@ class Fed:
     cache: Cache
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Feeds of one call: `ids` (B, S) after `past` tokens, whose cache is that of the call numbered `after`.
+
+    mask (B, past + S) and positions (B, S) default to those of unpadded rows. is_stale: a mutant, in which the newest
+    slot of that cache still holds what the slot before it holds.
+    """
+
+    ids: NDArray
+    mask: NDArray | None = None
+    positions: NDArray | None = None
+    past: int = 0
+    after: int | None = None
+    is_stale: bool = False
+
+
+class Graph(Protocol):
+    """A graph in memory, or one that runs range by range."""
+
+    def logits(self, token_ids: Sequence[int], /) -> NDArray[np.float32]:
+        """float32 (T, V) of one unpadded row."""
+        ...
+
+    def run(self, calls: Sequence[Call]) -> Iterator[NDArray[np.float32]]:
+        """The logits (B, S, V) of each call, in order."""
+        ...
+
+
 class GraphSession:
     """An ONNX Runtime session over a graph in memory and the weights in `directory`; the cache is fed and returned."""
 
     def __init__(self, model: onnx.ModelProto, directory: Path, target: str) -> None:
-        require_provider(target)
-        options = ort.SessionOptions()
-        options.log_severity_level = FATAL_ONLY
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(directory.resolve())
-        )
-        providers = list(dict.fromkeys([PROVIDERS[target], PROVIDERS["cpu"]]))
-        try:
-            self._session = ort.InferenceSession(model.SerializeToString(), options, providers=providers)
-        except Exception as error:  # onnxruntime's own exceptions have no common base
-            raise InputRefused(
-                f"ONNX Runtime cannot open the graph in {directory}: {str(error).splitlines()[0][:300]}",
-                expected="a graph as exporter wrote it",
-                todo="export again",
-            ) from error
+        self._session = open_graph(model, directory, target)
         self._past = [value for value in self._session.get_inputs() if value.name.startswith("past_key_values.")]
-        self._half = bool(self._past) and self._past[0].type == "tensor(float16)"
 
     def logits(self, token_ids: Sequence[int], /) -> NDArray[np.float32]:
         """float32 (T, V) of one unpadded row: a Scorer."""
         return self.feed(np.array([list(token_ids)])).logits[0]
 
+    def run(self, calls: Sequence[Call]) -> Iterator[NDArray[np.float32]]:
+        """The logits (B, S, V) of each call, in order."""
+        followed, caches = {call.after for call in calls}, dict[int | None, Cache]()
+        for index, call in enumerate(calls):
+            fed = self._fed(call, caches.get(call.after, []))
+            if index in followed:
+                caches[index] = fed.cache
+            yield fed.logits
+
     def feed(
-        self,
-        ids: NDArray,
-        *,
-        mask: NDArray | None = None,
-        positions: NDArray | None = None,
-        cache: Cache | None = None,
+        self, ids: NDArray, *, mask: NDArray | None = None, positions: NDArray | None = None, cache: Cache | None = None
     ) -> Fed:
         """`ids` (B, S) after `cache`; mask (B, past + S), positions (B, S) default to those of unpadded rows."""
-        rows, length = ids.shape
-        past = cache[0].shape[2] if cache else 0
-        feeds = {
-            "input_ids": ids.astype(np.int64),
-            "attention_mask": np.ones((rows, past + length), np.int64) if mask is None else mask.astype(np.int64),
-            "position_ids": np.tile(np.arange(past, past + length), (rows, 1)) if positions is None else positions,
-        }
-        feeds["position_ids"] = feeds["position_ids"].astype(np.int64)
-        dtype = np.float16 if self._half else np.float32
-        for i, value in enumerate(self._past):
-            empty = np.zeros((rows, value.shape[1], 0, value.shape[3]), dtype)
-            feeds[value.name] = cache[i] if cache else empty
-        outputs = ["logits", *(value.name.replace("past_key_values", "present") for value in self._past)]
-        logits, *present = self._session.run(outputs, feeds)
+        return self._fed(Call(ids, mask, positions, cache[0].shape[2] if cache else 0), cache or [])
+
+    def values(self, names: Sequence[str], token_ids: Sequence[int]) -> dict[str, NDArray]:
+        """The named outputs for one unpadded row."""
+        found = self._session.run(list(names), feeds_of(Call(np.array([list(token_ids)])), self._past, []))
+        return {name: np.asarray(value) for name, value in zip(names, found, strict=True)}
+
+    def _fed(self, call: Call, cache: Cache) -> Fed:
+        outputs = ["logits", *(present_name(value.name) for value in self._past)]
+        logits, *present = self._session.run(outputs, feeds_of(call, self._past, cache))
         return Fed(np.asarray(logits, np.float32), [np.asarray(array) for array in present])
+
+
+def open_graph(model: onnx.ModelProto, directory: Path, target: str) -> ort.InferenceSession:
+    """A session over a graph in memory and the weights in `directory`; InputRefused where ONNX Runtime refuses it."""
+    require_provider(target)
+    options = ort.SessionOptions()
+    options.log_severity_level = FATAL_ONLY
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory.resolve()))
+    providers = list(dict.fromkeys([PROVIDERS[target], PROVIDERS["cpu"]]))
+    try:
+        return ort.InferenceSession(model.SerializeToString(), options, providers=providers)
+    except Exception as error:  # onnxruntime's own exceptions have no common base
+        raise InputRefused(
+            f"ONNX Runtime cannot open the graph in {directory}: {str(error).splitlines()[0][:300]}",
+            expected="a graph as exporter wrote it",
+            todo="export again",
+        ) from error
+
+
+def present_name(past: str) -> str:
+    """The output that continues the input `past_key_values.0.key`."""
+    return past.replace("past_key_values", "present")
+
+
+def feeds_of(call: Call, past: Sequence[Any], cache: Cache) -> dict[str, NDArray]:
+    """What a session takes for `call`. past: its cache inputs, filled with `cache` in their order, or empty."""
+    rows, length = call.ids.shape
+    total = call.past + length
+    positions = np.tile(np.arange(call.past, total), (rows, 1)) if call.positions is None else call.positions
+    mask = np.ones((rows, total), np.int64) if call.mask is None else call.mask
+    feeds = {
+        "input_ids": call.ids.astype(np.int64),
+        "attention_mask": mask.astype(np.int64),
+        "position_ids": positions.astype(np.int64),
+    }
+    for i, value in enumerate(past):
+        dtype = np.float16 if value.type == "tensor(float16)" else np.float32
+        given = cache[i] if cache else np.zeros((rows, value.shape[1], 0, value.shape[3]), dtype)
+        feeds[value.name] = _stale(given) if call.is_stale else given
+    return feeds
+
+
+def _stale(cache: NDArray) -> NDArray:
+    """The newest slot still holds what the slot before it holds."""
+    changed = cache.copy()
+    changed[:, :, -1] = cache[:, :, -2] if cache.shape[2] > 1 else 0
+    return changed
 
 
 def full_precision(model: onnx.ModelProto) -> onnx.ModelProto:

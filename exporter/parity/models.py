@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import psutil
 import torch
 from numpy.typing import NDArray
 
 from exporter.errors import EnvironmentLacking, InputRefused
-from exporter.files import human_bytes
 from exporter.parity.bases import BaseOptions, load_base, quiet, resize
+from exporter.parity.blocks import Unsupported
+from exporter.parity.int8_model import load_int8
+from exporter.parity.memory import OVERHEAD, require_memory
 from exporter.sources.checkpoint import Checkpoint
 
 OUTLIER_THRESHOLD = 6.0
@@ -38,7 +39,7 @@ class TruthModels:
     """T and M32 from one loaded fp32 model: unmerged, and merged by PEFT."""
 
     def __init__(self, base: Checkpoint, adapters: Adapters, options: BaseOptions = BaseOptions()) -> None:  # noqa: B008
-        require_memory(parameter_count(base) * 4 * 1.15, "the fp32 model that is the truth")
+        require_memory(parameter_count(base) * 4 * OVERHEAD, "the fp32 model that is the truth")
         self._model: Any = attach_adapters(load_base(base.directory, options), adapters)
         self._count = len(adapters)
 
@@ -53,7 +54,7 @@ class TruthModels:
 
 def base_scorer(base: Checkpoint, options: BaseOptions) -> TorchScorer:
     """B: the base that was merged onto, without the adapter. PEFT's switched-off adapter keeps trained biases on."""
-    require_memory(parameter_count(base) * 4 * 1.15, "the base in fp32")
+    require_memory(parameter_count(base) * 4 * OVERHEAD, "the base in fp32")
     return TorchScorer(load_base(base.directory, options))
 
 
@@ -125,15 +126,29 @@ def load_reference(base: Checkpoint, adapters: Adapters, rows: int | None = None
             expected="the extra int8",
             todo='pip install "exporter[int8]", or give --reference FILE from `exporter capture`',
         ) from error
+    model = _load_8_bit(base)
+    with quiet():
+        resize(model, rows)
+        adapted = attach_adapters(model, adapters)
+    _mend_8_bit_layers(adapted)
+    _try_one_token(adapted)
+    return adapted
+
+
+def _load_8_bit(base: Checkpoint) -> Any:
+    """As `from_pretrained(load_in_8bit=True)` loads it; on a CPU tensor by tensor where that is possible."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        # Measured: a 6.7B model (13.3 GB in fp16) peaks at 19.9 GB while its layers become int8.
-        require_memory(parameter_count(base) * 2 * 1.5, "the 8-bit reference")
+        try:
+            return load_int8(base, OUTLIER_THRESHOLD)
+        except Unsupported:
+            # Measured: a 6.7B model (13.3 GB in fp16) peaks at 19.9 GB while its layers become int8.
+            require_memory(parameter_count(base) * 2 * 1.5, "the 8-bit reference")
     quantization = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=OUTLIER_THRESHOLD)
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(
+        return AutoModelForCausalLM.from_pretrained(
             base.directory,
             quantization_config=quantization,
             dtype=torch.float16,
@@ -141,11 +156,6 @@ def load_reference(base: Checkpoint, adapters: Adapters, rows: int | None = None
             trust_remote_code=False,
             local_files_only=True,
         )
-        resize(model, rows)
-        adapted = attach_adapters(model, adapters)
-    _mend_8_bit_layers(adapted)
-    _try_one_token(adapted)
-    return adapted
 
 
 def _mend_8_bit_layers(model: Any) -> None:
@@ -213,16 +223,6 @@ def load_weights(directory: Path, values: Mapping[str, torch.Tensor]) -> TorchSc
             expected="every parameter of the architecture in config.json",
         )
     return TorchScorer(model.eval())
-
-
-def require_memory(needed: float, purpose: str) -> None:
-    """EnvironmentLacking before loading what would not fit."""
-    free = psutil.virtual_memory().available
-    if needed > free:
-        raise EnvironmentLacking(
-            f"{purpose} needs about {human_bytes(needed)} of memory, and {human_bytes(free)} are free",
-            todo="free memory, or use a machine with more",
-        )
 
 
 def release() -> None:

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from exporter.graph.weights import Quantized, Weight
 from exporter.parity.bundles import Bundle, quantization_steps
-from exporter.parity.feeding import comparison, decode_with_session, padded, pair
+from exporter.parity.feeding import comparison, decode_calls, padded_call, pair, real_positions
 from exporter.parity.gates import Gate, ProjectionLimits, finiteness, judge
-from exporter.parity.graphs import GraphSession, full_precision, not_a_number, wrong_activation, wrong_qkv_order
+from exporter.parity.graphs import Call, Graph, full_precision, not_a_number, wrong_activation, wrong_qkv_order
 from exporter.parity.oracle import Adapted, Oracle
 from exporter.parity.result import GateResult, Mutant
 from exporter.parity.statistics import PairTokens
@@ -261,6 +261,7 @@ class GraphSubject:
     row: tuple[int, ...]
     carried: NDArray[np.float32]  # (T, V) of F, the model that carries the bundle's weights
     rows: tuple[tuple[int, ...], ...]
+    open: Callable[[onnx.ModelProto], Graph]  # in memory, or range by range
 
 
 def graph_mutants(subject: GraphSubject, gates: Sequence[Gate]) -> list[Mutant]:
@@ -270,39 +271,38 @@ def graph_mutants(subject: GraphSubject, gates: Sequence[Gate]) -> list[Mutant]:
     judged = [gate for gate in gates if gate.pair == "F-O1"] or [gate for gate in gates if gate.id == "graph.kl"]
     cache = [gate for gate in gates if gate.id.startswith("cache.")]
     padding = [gate for gate in gates if gate.id.startswith("padding.")]
-    ids = np.array([subject.row])
-    session = GraphSession(model, bundle.directory, bundle.target)
-    shifted = np.arange(1, ids.shape[1] + 1)[None]
-    half = max(2, len(subject.row) // 2)
-    straight = session.logits(subject.row)[half:]
-    stale = decode_with_session(session, subject.row, half, stale=True)
+    row, half = subject.row, max(2, len(subject.row) // 2)
+    shifted = Call(np.array([row]), positions=np.arange(1, len(row) + 1)[None])
+    stale = decode_calls(row, half, 2, is_stale=True)
+    batch = sorted(subject.rows, key=len)
+    alone = [Call(np.array([one])) for one in batch]
+    blind = padded_call(batch, "left", 0, honest_mask=False)
+    straight, moved, *rest = subject.open(model).run([Call(np.array([row])), shifted, *stale, *alone, blind])
+    stale_logits, alone_logits = rest[1 : len(stale)], rest[len(stale) : -1]
     mutants = [
-        _meet("positions + 1", judged, "F-O1", pair(subject.carried, session.feed(ids, positions=shifted).logits[0])),
-        _meet("stale cache slot", cache, "O-D", pair(straight, stale)),
-        _padding_mutant(session, subject, padding),
+        _meet("positions + 1", judged, "F-O1", pair(subject.carried, moved[0])),
+        _meet(
+            "stale cache slot", cache, "O-D", pair(straight[0][half:], np.concatenate([one[0] for one in stale_logits]))
+        ),
     ]
-    del session
+    if bundle.target == "cpu":
+        real = rest[-1][real_positions(batch, "left")]
+        together = pair(np.concatenate([one[0] for one in alone_logits]), real)
+        mutants.append(_meet("padding not masked", padding, "O-P", together))
+    else:
+        reason = "rows are padded on the right only, and no position sees a later one"
+        expected = tuple(gate.id for gate in padding)
+        mutants.append(Mutant("padding not masked", "graph", "not applicable", expected, (), reason))
     for name, change in (("wrong activation", wrong_activation), ("q, k, v out of order", wrong_qkv_order)):
         wrong = change(model)
         if wrong is None:
             expected = tuple(gate.id for gate in judged)
             mutants.append(Mutant(name, "graph", "not applicable", expected, (), "no such node in the graph"))
             continue
-        logits = GraphSession(wrong, bundle.directory, bundle.target).logits(subject.row)
-        mutants.append(_meet(name, judged, "F-O1", pair(subject.carried, logits)))
-    logits = GraphSession(not_a_number(model), bundle.directory, bundle.target).logits(subject.row)
+        mutants.append(_meet(name, judged, "F-O1", pair(subject.carried, subject.open(wrong).logits(row))))
+    logits = subject.open(not_a_number(model)).logits(row)
     mutants.append(_meet_finiteness("NaN in the logits", pair(subject.carried, logits)))
     return mutants
-
-
-def _padding_mutant(session: GraphSession, subject: GraphSubject, gates: Sequence[Gate]) -> Mutant:
-    name = "padding not masked"
-    if subject.bundle.target != "cpu":
-        reason = "rows are padded on the right only, and no position sees a later one"
-        return Mutant(name, "graph", "not applicable", tuple(gate.id for gate in gates), (), reason)
-    alone = np.concatenate([session.logits(row) for row in sorted(subject.rows, key=len)])
-    blind = padded(session, sorted(subject.rows, key=len), "left", pad=0, honest_mask=False)
-    return _meet(name, gates, "O-P", pair(alone, blind))
 
 
 def _meet(name: str, gates: Sequence[Gate], pair_name: str, tokens: PairTokens) -> Mutant:

@@ -1,26 +1,31 @@
 """`exporter verify`: do the merged weights and the ONNX bundle still say what the unmerged 8-bit model said?"""
 
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from exporter.errors import InputRefused, UsageError
+from exporter.files import human_bytes, require_free_space
 from exporter.manifest import versions
 from exporter.parity.bases import BaseOptions
+from exporter.parity.blocks_choice import Fp32Model, Memory, score_fp32
+from exporter.parity.blocks_specs import base_blocks, merged_blocks, truth_blocks
 from exporter.parity.bundle_check import Run, verify_bundle
 from exporter.parity.bundles import Bundle, open_bundle
 from exporter.parity.documents import LEVELS, Level, tokens_sha256
 from exporter.parity.gates import load_thresholds
 from exporter.parity.inputs import Pair, check_bundle_inputs, find_template, make_documents, open_pair, resolve_pair
 from exporter.parity.int8_base import Onto
+from exporter.parity.merge_bases import compare_merge_bases
 from exporter.parity.models import (
     TorchScorer,
     TruthModels,
     base_scorer,
     load_reference,
+    parameter_count,
     reference_environment,
     release,
 )
@@ -28,7 +33,9 @@ from exporter.parity.oracle import Oracle
 from exporter.parity.pairs import common_pairs
 from exporter.parity.reference import CapturedReference, LiveReference, Reference, check_capture, read_capture
 from exporter.parity.result import SCHEMA_VERSION, BundleResult, Inputs, Verification, worst_verdict
-from exporter.parity.scoring import LogitStore
+from exporter.parity.scoring import LogitStore, Scorer
+from exporter.parity.scratch import open_scratch
+from exporter.parity.separate import find_adapter, with_adapters
 from exporter.progress import SILENT, Progress
 
 
@@ -41,6 +48,8 @@ def verify(
     prompts: str | Path | None = None,
     reference: str | Path = "int8",
     level: Level = "commit",
+    scratch: str | Path | None = None,
+    memory: Memory = "auto",
     progress: Progress = SILENT,
 ) -> Verification:
     """Compare bundles with the unmerged model in fp32 (the truth) and in 8 bits (the reference).
@@ -49,6 +58,9 @@ def verify(
     base, adapter: a directory or a hub id, one or several adapters with a weight each (default 1). bundle: directories.
     prompts: JSON lines, default the packaged set. reference: "int8" runs bitsandbytes here, else a file from `capture`.
     level: how much of the prompts is used. Nothing is written into a bundle.
+    scratch: where logits and hidden states lie until the run is done, so that an interrupted one goes on; a temporary
+    directory, and nothing to go on from, if it is None.
+    memory: "auto" runs what does not fit into free memory block by block; "whole" and "blocks" leave no choice.
     Raises InputRefused (a file that is missing, malformed, changed or of another model), EnvironmentLacking (memory,
     disk, bitsandbytes). A difference is no error: see the result's verdict and exit_code.
     """
@@ -60,6 +72,7 @@ def verify(
         raise UsageError("no bundle is given", expected="at least one directory with an ONNX graph")
     pair = open_pair(*resolve_pair(base, adapter, weight, progress), progress)
     opened = [open_bundle(directory, progress) for directory in directories]
+    adapters = [find_adapter(one, pair) for one in opened]
     onto = _one_onto(opened)
     template = find_template(directories, pair)
     documents, notes = make_documents(pair, Path(prompts) if prompts else None, level, template)
@@ -69,12 +82,14 @@ def verify(
     oracle = Oracle(pair.base, pair.weighted, onto)
     oracle.require_change()
     oracle.release()
-    with tempfile.TemporaryDirectory(prefix="exporter-verify-") as scratch:
-        store = LogitStore(Path(scratch), documents, pair.vocabulary)
-        source = _score_references(pair, store, str(reference), tokens, progress, onto)
+    with open_scratch(Path(scratch) if scratch else None, _facts(pair, tokens, onto)) as directory:
+        store = LogitStore(directory, documents, pair.vocabulary)
+        _announce(store, len(opened), progress)
+        source = _score_references(pair, store, str(reference), tokens, progress, onto, memory)
         common = common_pairs(store, source, progress)
-        run = Run(pair, oracle, documents, store, source, common, load_thresholds(), level, progress)
-        results = tuple(verify_bundle(run, one) for one in opened)
+        run = Run(pair, oracle, documents, store, source, common, load_thresholds(), level, progress, memory)
+        merge_bases = compare_merge_bases(pair, oracle, store, source, common.merge, level, memory, progress)
+        results = tuple(verify_bundle(run, one) for one in with_adapters(opened, adapters, directory))
     return Verification(
         schema_version=SCHEMA_VERSION,
         verdict=worst_verdict([result.verdict for result in results]),
@@ -83,6 +98,7 @@ def verify(
         environment=versions(),
         bundles=results,
         notes=tuple(notes),
+        merge_bases=merge_bases,
     )
 
 
@@ -99,33 +115,73 @@ def _one_onto(bundles: Sequence[Bundle]) -> Onto:
     return bundles[0].onto
 
 
+def _facts(pair: Pair, tokens: str, onto: Onto) -> dict[str, Any]:
+    """All that the references' logits depend on: what another run left is used only where it is equal."""
+    return {
+        "tokens": tokens,
+        "vocabulary": pair.vocabulary,
+        "base": pair.base_files,
+        "adapters": pair.adapter_files,
+        "weights": [weight for _, weight in pair.weighted],
+        "rows": pair.rows,
+        "onto": onto,
+        "environment": versions() | reference_environment(),
+    }
+
+
+def _announce(store: LogitStore, bundles: int, progress: Progress) -> None:
+    """EnvironmentLacking where the disk has no room for the logits: R, T, M32, B, and F, O, O1 of one bundle."""
+    needed = store.nbytes * (7 if bundles else 4)
+    require_free_space(store.directory, needed, "the logits of all models")
+    progress.note(f"up to {human_bytes(needed)} of logits in {store.directory}, removed when the run is done")
+
+
 def _score_references(
-    pair: Pair, store: LogitStore, reference: str, tokens: str, progress: Progress, onto: Onto = "original"
+    pair: Pair,
+    store: LogitStore,
+    reference: str,
+    tokens: str,
+    progress: Progress,
+    onto: Onto = "original",
+    memory: Memory = "auto",
 ) -> Reference:
     """T, B, M32 and R, one model in memory at a time. Onto int8, T is D: fp32 over what the base's int8 codes mean."""
-    options = BaseOptions(onto, pair.rows)
     source: Reference
     if reference == "int8":
-        environment = reference_environment()
-        model = load_reference(pair.base, pair.weighted, pair.rows)  # first: it is what may be lacking
-        store.score("R", TorchScorer(model), progress)
-        del model
-        release()
-        source = LiveReference(store, environment)
+        if store.has("R"):
+            progress.note("score R: done before")
+        else:
+            model = load_reference(pair.base, pair.weighted, pair.rows)  # first: it is what may be lacking
+            store.score("R", TorchScorer(model), progress)
+            del model
+            release()
+        source = LiveReference(store, reference_environment())
     else:
         captured = read_capture(Path(reference))
         check_capture(captured, tokens_sha256=tokens, base_files=pair.base_files, adapter_files=pair.adapter_files)
         source = CapturedReference(captured, store.documents)
-    truth = TruthModels(pair.base, pair.weighted, options)
-    store.score("T", truth.truth(), progress)
-    store.score("M32", truth.merged(), progress)
-    del truth
-    release()
-    base = base_scorer(pair.base, options)
-    store.score("B", base, progress)
-    del base
-    release()
+    for one in _fp32_models(pair, BaseOptions(onto, pair.rows)):
+        score_fp32(store, one, memory, progress)
     return source
+
+
+def _fp32_models(pair: Pair, options: BaseOptions) -> Iterator[Fp32Model]:
+    """T, M32 and B. Loaded whole, M32 is made of T, which is gone then."""
+    nbytes = parameter_count(pair.base) * 4
+    base, adapters = pair.base, pair.weighted
+    loaded: list[TruthModels] = []
+
+    def truth() -> Scorer:
+        loaded.append(TruthModels(base, adapters, options))
+        return loaded[0].truth()
+
+    def merged() -> Scorer:
+        return (loaded.pop() if loaded else TruthModels(base, adapters, options)).merged()
+
+    yield Fp32Model("T", truth, lambda: truth_blocks(base, adapters, options), nbytes)
+    yield Fp32Model("M32", merged, lambda: merged_blocks(base, adapters, options), nbytes)
+    loaded.clear()
+    yield Fp32Model("B", lambda: base_scorer(base, options), lambda: base_blocks(base, options), nbytes)
 
 
 def _inputs(run: Run, tokens: str, seconds: float) -> Inputs:

@@ -4,11 +4,14 @@ VENV := .venv
 LATEST := .venv-latest
 STAMP := $(VENV)/.installed
 LATEST_STAMP := $(LATEST)/.installed
+TOOLS := .venv-tools
+TOOLS_STAMP := $(TOOLS)/.installed
+EXAMPLES ?= 5000
 TESTS ?= tests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-latest faults full-size lint format clean
+.PHONY: help setup demo test test-latest faults full-size lint format clean fuzz sbom audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +46,23 @@ faults: setup ## every fault against every command; the matrix in build/fault-ma
 
 full-size: setup ## every stage at 6.7B, with its figures (ARGS="--size 111M" for less)
 	$(VENV)/bin/python benchmarks/full_size.py $(ARGS)
+
+fuzz: setup ## every parser against EXAMPLES=5000 random inputs each
+	EXPORTER_FUZZ_EXAMPLES=$(EXAMPLES) $(VENV)/bin/python -m pytest tests/hostile/test_fuzz.py
+
+# An environment of their own: what looks at the lock is not part of it.
+$(TOOLS_STAMP): tools/requirements.txt
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check -r tools/requirements.txt
+	@touch $@
+
+sbom: setup $(TOOLS_STAMP) ## build/sbom.cdx.json: what .venv holds, with versions and licences (CycloneDX)
+	mkdir -p build
+	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+		--output-format JSON --output-file build/sbom.cdx.json $(VENV)/bin/python
+
+audit: $(TOOLS_STAMP) ## known advisories against constraints.txt; says so where no database can be reached
+	$(TOOLS)/bin/python tools/audit.py $(TOOLS)/bin/pip-audit constraints.txt
 
 lint: setup ## ruff and pyright
 	$(VENV)/bin/ruff check .

@@ -26,6 +26,8 @@ FAILED = {
 }
 UNSURE_WEIGHTS = "This format rounds too coarsely to tell the adapter from nothing. Use a wider precision."
 UNSURE = "The 95 % interval contains the limit, or there are too few tokens. Use a higher --level or more --prompts."
+CAUSES = ("weights.", "peft-merge.", "finite", "evidence.")  # what they find makes other gates fail too
+FOLLOWS = "Then verify again: the other gates can have failed because of this."
 SURVIVED = "The check did not see a deliberate error, so this run proves nothing about such errors. Report it."
 
 
@@ -39,9 +41,12 @@ def advice(gate: GateResult) -> str:
 
 
 def steps(bundle: BundleResult) -> list[str]:
-    """All of a bundle's advice, each once, the worst gates first."""
-    order = ("FAIL", "INCONCLUSIVE")
-    found = [advice(gate) for outcome in order for gate in bundle.gates if gate.outcome == outcome]
+    """All of a bundle's advice, each once, the worst gates first; of causes alone where there are any."""
+    faulty = [gate for outcome in ("FAIL", "INCONCLUSIVE") for gate in bundle.gates if gate.outcome == outcome]
+    causes = [gate for gate in faulty if gate.outcome == "FAIL" and gate.gate.startswith(CAUSES)]
+    found = [advice(gate) for gate in causes or faulty]
+    if causes and len(causes) < len(faulty):
+        found.append(FOLLOWS)
     if any(mutant.outcome == "survived" for mutant in bundle.mutants):
         found.append(SURVIVED)
     return list(dict.fromkeys(filter(None, found)))

@@ -36,14 +36,14 @@ STATISTICS = {
     "elements": "tensors with a wrong element",
     "untouched": "tensors that should equal the base",
     "step": "tensors beyond one quantization step",
-    "projection": "distance of the adapter's share from 1",
+    "projection": "error of the adapter's share",
     "names": "missing or foreign tensors",
     "missing": "positions not compared",
     "equal": "equal logits where they must differ",
 }
 
 EXACT = ("finite", "evidence.count", "evidence.distinct")  # counted, not listed, where they passed
-STEPS = {"T -> M32": "merging", "M32 -> F": "storing the weights", "F -> O": "the graph"}
+STEPS = {"T -> M32": "PEFT's merge", "M32 -> F": "the stored weights", "F -> O": "the graph"}
 ORIGINS = {
     "merge": "the merge",
     "rounding": "storing the weights in their type",
@@ -133,7 +133,8 @@ def beyond(gate: GateResult) -> str:
         return f"{figure(abs(gap))} {'below' if gap > 0 else 'above'} the limit"
     if gate.limit == 0:
         return f"{figure(gate.estimate)} against 0"
-    return f"{gate.estimate / gate.limit:.2g} x the limit"
+    ratio = gate.estimate / gate.limit
+    return f"{ratio:.0f} x the limit" if ratio >= 10 else f"{ratio:.2g} x the limit"
 
 
 def nearest(bundle: BundleResult) -> str:
@@ -183,7 +184,7 @@ def where(bundle: BundleResult) -> list[str]:
             found.append(f"It stands in {listed(origin.parts)}.")
         if origin.tensors:
             found.append(f"Tensors: {listed(origin.tensors)}.")
-    found.append(f"Of the steps from truth to bundle, {largest_stage(bundle)}.")
+    found.append(f"{largest_stage(bundle)}.")
     weak = [tensor for tensor in weak_tensors(bundle) if origin is None or tensor not in origin.tensors]
     if weak:
         found.append(f"The adapter does not stand once in {listed(weak)}.")
@@ -199,9 +200,9 @@ def largest_stage(bundle: BundleResult) -> str:
     """The stage with the largest share of the error, in words. The first chain is the one from truth to bundle."""
     known = [stage for stage in bundle.stages if stage.share is not None and stage.chain == bundle.stages[0].chain]
     if not known:
-        return "no error to attribute"
+        return "There is no error to attribute"
     stage = max(known, key=lambda one: one.share or 0)
-    return f"{stage_name(stage.step)} carries {100 * (stage.share or 0):.0f} % of the error"
+    return f"{100 * (stage.share or 0):.0f} % of the error from truth to bundle comes from {stage_name(stage.step)}"
 
 
 def stage_name(step: str) -> str:

@@ -80,11 +80,11 @@ def _drawings(bundle: BundleResult) -> list[Drawing]:
                 plots.projections(bundle),
             )
         )
-    if any(one.local is not None or one.graph is not None for one in bundle.layers):
+    if any(one.local or one.accumulated or one.graph for one in bundle.layers):
         found.append(
             (
                 "The error, layer by layer",
-                "A part that is wrong stands out alone; what accumulates is what the next part sees.",
+                "A part that is wrong stands out alone. What accumulates is what the next part sees. No point: exact.",
                 layer_plots.layer_curve(bundle),
             )
         )

@@ -9,7 +9,6 @@ from exporter.parity.result import BundleResult, Layer, MergeBases
 from exporter.report.drawing import FIRST, HALO, INK, LIMIT, MUTED, SECOND, SMALL, THIRD, decade, draw
 from exporter.report.figures import figure, percent
 
-FLOOR = 1e-18  # what is smaller, and zero, is drawn here on a logarithmic axis
 CURVES = (
     ("local", FIRST, "o", "-", "this part alone"),
     ("accumulated", SECOND, "s", "-", "all parts up to here"),
@@ -18,15 +17,13 @@ CURVES = (
 
 
 def layer_curve(bundle: BundleResult) -> str:
-    """Relative squared error of each part: alone, accumulated, and the graph's against the same weights."""
+    """Relative squared error of each part: alone, accumulated, and the graph's against the same weights. No zeros."""
     layers = bundle.layers
 
     def paint(axes: Axes) -> None:
         drawn: list[float] = []
         for name, colour, marker, dashes, words in CURVES:
-            points = [
-                (i, max(value, FLOOR)) for i, one in enumerate(layers) if (value := getattr(one, name)) is not None
-            ]
+            points = [(i, value) for i, one in enumerate(layers) if (value := getattr(one, name))]
             if points:
                 places, values = zip(*points, strict=True)
                 style = {"marker": marker, "color": colour, "linestyle": dashes, "markersize": 4, "linewidth": 1.5}

@@ -1,7 +1,5 @@
 """A summary for a CI job's page."""
 
-import html
-
 from exporter.parity.result import BundleResult, GateResult, Verification
 from exporter.report.advice import steps
 from exporter.report.figures import (
@@ -52,7 +50,7 @@ def _bundle(name: str, bundle: BundleResult) -> list[str]:
     lines = [
         f"## {MARKS[bundle.verdict]} {_text(name)}: {bundle.verdict}",
         "",
-        f"Correctness {bundle.correctness}{quality}. {len(judged(bundle))} gates, {dead} of {applied} mutants killed; "
+        f"Correctness {bundle.correctness}{quality}. {len(judged(bundle))} gates, {dead} of {applied} mutants killed. "
         f"{largest_stage(bundle)}.",
         "",
         *(f"> {_text(note)}\n" for note in bundle.notes),
@@ -84,7 +82,7 @@ def _row(gate: GateResult) -> str:
 
 def _text(text: str) -> str:
     """Text as it is read: no markup, no cell or line of its own."""
-    flat = " ".join(html.escape(text, quote=False).split())
+    flat = " ".join(text.replace("&", "&amp;").replace("<", "&lt;").split())
     for sign in "\\`*_[]|~":
         flat = flat.replace(sign, "\\" + sign)
     return flat

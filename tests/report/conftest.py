@@ -105,7 +105,7 @@ def bundle(verdict: str) -> BundleResult:
         worst=tuple(WorstToken(i, 7 + i, 0.1 / (i + 1), HOSTILE, " token", "\n", "b") for i in range(20)),
         notes=("a note",) if bad else (),
         layers=tuple(
-            Layer(part, 1e-9 * (1 + i % 3) * (1e4 if bad and part == "block 3" else 1), 1e-8 * (i + 1), 0.1, 1e-13)
+            Layer(part, i * 1e-9 * (1e4 if bad and part == "block 3" else 1), 1e-8 * (i + 1), 0.1, None if i else 0.0)
             for i, part in enumerate(["embeddings", *(f"block {i}" for i in range(8)), "head"])
         ),
         origin=Origin("merge", ("block 3",), ("h.3.attn.c_attn.weight",), "share 0.5 of the change") if bad else None,

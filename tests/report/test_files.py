@@ -11,11 +11,12 @@ import pytest
 from jsonschema import Draft202012Validator
 
 import exporter
+from exporter import cli
 from exporter.errors import EnvironmentLacking, InputRefused, UsageError
 from exporter.parity.gates import load_thresholds
 from exporter.parity.result import Verification
 from exporter.report import prepare_directory, write_report
-from exporter.report.advice import advice
+from exporter.report.advice import FOLLOWS, advice, steps
 from exporter.report.figures import beyond, bundle_names, figure, used
 from exporter.report.junit import junit_xml
 from exporter.report.markdown import markdown_summary
@@ -73,7 +74,7 @@ def test_junit_counts_failures_and_errors_and_skips_nothing(failing: Verificatio
         assert suite.get("skipped") == "0"
     failure = root.find(".//failure")
     assert failure is not None
-    assert "the adapter's share from 1 = 0.5" in (failure.get("message") or "")
+    assert "error of the adapter's share = 0.5" in (failure.get("message") or "")
     assert "limit 0.02" in (failure.get("message") or "")
     root = ElementTree.fromstring(junit_xml(unsure))
     assert (root.get("failures"), root.get("errors")) == ("0", "2")
@@ -204,7 +205,7 @@ def test_the_summary_says_verdict_gate_and_by_how_much(failing: Verification, pa
     assert "| int8 | 0.0006 | 0.0009 |" in text
     assert "- The merge is wrong where named" in text
     assert "**Survived:** positions + 1" in text
-    assert "storing the weights (M32 -> F) carries 96 % of the error" in text
+    assert "96 % of the error from truth to bundle comes from the stored weights (M32 -> F)" in text
     assert "✅ Parity: PASS" in markdown_summary(passing)
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {line.count(" | ") for line in rows if "---" not in line} == {6, 2}  # gates; merge bases
@@ -246,3 +247,31 @@ def test_a_report_is_prepared_before_anything_is_compared(tmp_path: Path, passin
     assert list((tmp_path / "bundle").iterdir()) == []
     with pytest.raises(EnvironmentLacking, match="cannot be written"):
         prepare_directory(tmp_path / "file" / "parity", [])
+
+
+@pytest.mark.parametrize(("name", "code"), [("passing", 0), ("failing", 1), ("unsure", 3)])
+def test_json_for_scripts_is_one_document_whatever_the_verdict(
+    name: str,
+    code: int,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    verification: Verification = request.getfixturevalue(name)
+    monkeypatch.setattr(exporter, "verify", lambda **_: verification)
+    monkeypatch.setattr("sys.argv", ["exporter", "verify", "--base=b", "--adapter=a", "--bundle=o", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == code
+    document = json.loads(capsys.readouterr().out)
+    assert validator().is_valid(document)
+    assert document["verdict"] == verification.verdict
+
+
+def test_what_follows_from_a_wrong_weight_gets_no_advice_of_its_own(passing: Verification) -> None:
+    weight, graph, rounding, *_ = (one for one in passing.bundles[0].gates if one.outcome == "PASS")
+    assert (weight.gate, graph.gate) == ("weights.projection", "graph.kl")
+    wrong = [replace(one, outcome="FAIL") for one in (rounding, graph, weight)]
+    assert steps(replace(passing.bundles[0], gates=tuple(wrong))) == [advice(wrong[2]), FOLLOWS]
+    assert steps(replace(passing.bundles[0], gates=tuple(wrong[:2]))) == [advice(wrong[0]), advice(wrong[1])]
+    assert steps(passing.bundles[0]) == []

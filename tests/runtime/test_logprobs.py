@@ -14,7 +14,7 @@ def test_log_probabilities_are_log_softmax_and_the_best_come_first(top: int) -> 
     own, best = logprobs(logits, 17, top)
     assert own == pytest.approx(float(expected[17]), abs=1e-9)
     values, ids = expected.topk(min(top, 50))
-    assert [id for id, _ in best] == ids.tolist()
+    assert [token for token, _ in best] == ids.tolist()
     np.testing.assert_allclose([value for _, value in best], values.numpy(), atol=1e-9)
 
 

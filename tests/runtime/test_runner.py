@@ -1,5 +1,6 @@
 """A Runner's logits and tokens are transformers', however the work is split, and it never computes a wrong position."""
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -116,11 +117,11 @@ def test_a_batch_of_no_rows_is_refused(runner: Runner, rows: int) -> None:
 
 
 def test_a_cache_that_no_memory_holds_is_said(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_room(shape: object, dtype: object) -> np.ndarray:
-        raise MemoryError
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "no room")
 
     cache = runner.new_cache(1, capacity=4)
-    monkeypatch.setattr("exporter.runtime.cache.np.zeros", no_room)
+    monkeypatch.setattr("exporter.runtime.cache.mmap", no_room)
     with pytest.raises(
         EnvironmentLacking, match=r"no memory for a cache of 32\.8 kB\nexpected: room for 1 rows of 32 "
     ):

@@ -69,7 +69,7 @@ def test_more_streams_than_slots_and_several_adapters_all_get_their_own() -> Non
 
     async def main(engine: BatchingEngine) -> list[list[Step]]:
         streams = [
-            engine.submit(asked(map(int, prompt), 1 + i % 13, adapter=name))
+            engine.submit(asked([int(token) for token in prompt], 1 + i % 13, adapter=name))
             for i, (prompt, name) in enumerate(zip(prompts, names, strict=True))
         ]
         return await asyncio.gather(*map(read, streams))

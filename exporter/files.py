@@ -1,5 +1,6 @@
 """Writing without ever leaving something half-written under a final name."""
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -81,6 +82,8 @@ def disk_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.ENOMEM:  # not the disk's
+            raise
         raise EnvironmentLacking(
             f"writing into {directory} failed: {error.strerror or error}",
             todo="free disk space or check the disk, then run the same command again: finished parts are kept",

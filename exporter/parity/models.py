@@ -97,6 +97,8 @@ def attach_adapters(model: Any, adapters: Adapters) -> Any:
             for name, (directory, _) in zip(names[1:], adapters[1:], strict=True):
                 peft.load_adapter(str(directory), adapter_name=name)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if system := lacking(error):
+            raise system from error
         raise InputRefused(
             f"PEFT cannot put the adapter on this base: {str(error)[:300]}",
             expected="the base that the adapter was trained on",

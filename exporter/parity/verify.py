@@ -37,6 +37,7 @@ from exporter.parity.scoring import LogitStore, Scorer
 from exporter.parity.scratch import open_scratch
 from exporter.parity.separate import find_adapter, with_adapters
 from exporter.progress import SILENT, Progress
+from exporter.sources.unchanged import require_unchanged, watch
 
 
 def verify(
@@ -70,7 +71,10 @@ def verify(
     directories = [Path(bundle)] if isinstance(bundle, str | Path) else [Path(one) for one in bundle]
     if not directories:
         raise UsageError("no bundle is given", expected="at least one directory with an ONNX graph")
-    pair = open_pair(*resolve_pair(base, adapter, weight, progress), progress)
+    resolved, weighted = resolve_pair(base, adapter, weight, progress)
+    sources = [resolved, *(source for source, _ in weighted), *directories]
+    watched = watch(file for source in sources for file in source.glob("*"))
+    pair = open_pair(resolved, weighted, progress)
     opened = [open_bundle(directory, progress) for directory in directories]
     adapters = [find_adapter(one, pair) for one in opened]
     onto = _one_onto(opened)
@@ -90,6 +94,7 @@ def verify(
         run = Run(pair, oracle, documents, store, source, common, load_thresholds(), level, progress, memory)
         merge_bases = compare_merge_bases(pair, oracle, store, source, common.merge, level, memory, progress)
         results = tuple(verify_bundle(run, one) for one in with_adapters(opened, adapters, directory))
+    require_unchanged(watched)
     return Verification(
         schema_version=SCHEMA_VERSION,
         verdict=worst_verdict([result.verdict for result in results]),

@@ -166,18 +166,25 @@ class BatchingEngine:
         deliver(events)
 
     def _work(self) -> None:
-        while self._next_round():
-            try:
-                if self._batch.prefilling:
-                    self._batch.prefill(self._stall if self._batch.decoding else ALONE * self._stall)
-                    self._flush()
-                if self._batch.decoding:
-                    self._batch.decode()
-            except Exception as error:  # a defect: the streams that it may have touched end, the others never notice
-                log.exception("a step failed")
-                self._batch.abandon(EnvironmentLacking(f"an internal error: {type(error).__name__}", todo="try again"))
-            self._flush()
-        self._end_all()
+        try:
+            while self._next_round():
+                self._compute()
+        finally:  # nobody waits for a worker that has gone, whatever made it go
+            with self._condition:
+                self._closed = True
+            self._end_all()
+
+    def _compute(self) -> None:
+        try:
+            if self._batch.prefilling:
+                self._batch.prefill(self._stall if self._batch.decoding else ALONE * self._stall)
+                self._flush()
+            if self._batch.decoding:
+                self._batch.decode()
+        except Exception as error:  # a defect: the streams that it may have touched end, the others never notice
+            log.exception("a step failed")
+            self._batch.abandon(EnvironmentLacking(f"an internal error: {type(error).__name__}", todo="try again"))
+        self._flush()
 
     def _next_round(self) -> bool:
         """Wait for work; let streams out whose time is over, and others into their slots. False: the end."""

@@ -312,6 +312,21 @@ def test_a_defect_of_the_engine_itself_ends_what_runs_and_not_the_engine(monkeyp
         run(main(engine))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_that_dies_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main(engine: BatchingEngine) -> None:
+        monkeypatch.setattr(engine, "_let_out", lambda: 1 / 0)
+        stream = engine.submit(asked([1, 2], 50))
+        assert (await read(stream))[-1] == Step(None, reason="shutdown")
+        await asyncio.to_thread(engine._thread.join)
+        assert not engine.alive
+        with pytest.raises(EngineClosed):
+            engine.submit(asked([1], 1))
+
+    with started() as engine:
+        run(main(engine))
+
+
 def test_draining_finishes_every_accepted_stream_and_takes_no_more() -> None:
     async def main(engine: BatchingEngine) -> None:
         streams = [engine.submit(asked([i, 1], 10)) for i in range(9)]

@@ -1,8 +1,10 @@
 """`exporter verify`: the comparison, and the report of it."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
+from exporter.files import disk_errors, lock_directory
 from exporter.parity import verify as comparison
 from exporter.parity.documents import Level
 from exporter.parity.result import Verification
@@ -35,17 +37,19 @@ def verify(
     bundles = [Path(bundle)] if isinstance(bundle, str | Path) else [Path(one) for one in bundle]
     if report is not None:
         prepare_directory(Path(report), bundles)
-    verification = comparison.verify(
-        base=base,
-        adapter=adapter,
-        bundle=bundles,
-        weight=weight,
-        prompts=prompts,
-        reference=reference,
-        level=level,
-        scratch=scratch or (Path(report) / SCRATCH if report is not None else None),
-        progress=progress,
-    )
-    if report is not None:
-        write_report(verification, Path(report))
+    with nullcontext() if report is None else lock_directory(Path(report)):
+        verification = comparison.verify(
+            base=base,
+            adapter=adapter,
+            bundle=bundles,
+            weight=weight,
+            prompts=prompts,
+            reference=reference,
+            level=level,
+            scratch=scratch or (Path(report) / SCRATCH if report is not None else None),
+            progress=progress,
+        )
+        if report is not None:
+            with disk_errors(Path(report)):
+                write_report(verification, Path(report))
     return verification

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from exporter.errors import EnvironmentLacking, InputRefused
+from exporter.errors import EnvironmentLacking, InputRefused, lacking
 from exporter.parity.bases import BaseOptions, load_base, quiet, resize
 from exporter.parity.blocks import Unsupported
 from exporter.parity.int8_model import load_int8

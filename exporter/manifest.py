@@ -5,16 +5,18 @@ import json
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from exporter.errors import InputRefused, lacking
 from exporter.files import sha256_file, write_atomically
+from exporter.json_text import parse_json
 
 MANIFEST = "exporter.json"
 FORMAT = 1
 PACKAGES = ("exporter", "torch", "transformers", "peft", "safetensors", "onnx-ir", "onnxruntime-gpu", "bitsandbytes")
 HEAD = 1 << 16
+LIMIT = 64 << 20  # a manifest takes some 300 bytes a tensor
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
@@ -23,11 +25,13 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        manifest = json.loads(path.read_bytes())
+        if not path.is_file() or path.stat().st_size > LIMIT:
+            raise ValueError(f"no file of at most {LIMIT} bytes")
+        manifest = parse_json(path.read_bytes())
         if manifest["format"] != FORMAT or not isinstance(manifest["stages"], dict):
             raise ValueError(f"format {manifest['format']}")
         for name, section in manifest["stages"].items():
-            if not isinstance(section, dict) or not _is_map_of_maps(section.get("files", {})):
+            if not isinstance(section, dict) or not _is_map_of_files(section.get("files", {})):
                 raise ValueError(f"stage {name}")
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         if system := lacking(error):
@@ -40,8 +44,18 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _is_map_of_maps(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(entry, dict) for entry in value.values())
+def _is_map_of_files(value: object) -> bool:
+    """True for entries under names that lead nowhere else: what is listed is opened and hashed."""
+    return isinstance(value, dict) and all(
+        isinstance(entry, dict) and _is_inside(name) and isinstance(entry.get("sha256"), str | None)
+        for name, entry in value.items()
+    )
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    plain = "\0" not in name and not path.is_absolute() and all(len(part.encode()) < 256 for part in path.parts)
+    return plain and len(name) < 4096 and path.parts != () and ".." not in path.parts
 
 
 def write_stage(directory: Path, stage: str, section: dict[str, Any]) -> None:
@@ -72,13 +86,15 @@ def describe_file(path: Path, sha256: str | None = None) -> dict[str, Any]:
 
 
 def file_is_unchanged(path: Path, entry: dict[str, Any]) -> bool:
-    """True if `path` is the file that `entry` describes: by its stamp, else by its hash."""
+    """True if `path` is the file that `entry` describes: by its stamp, else by its hash where one was recorded."""
     if not path.is_file():
         return False
     now = stamp(path)
     if all(now[key] == entry.get(key) for key in now):
         return True
-    return now["size"] == entry.get("size") and sha256_file(path) == entry.get("sha256")
+    if now["size"] != entry.get("size") or entry.get("sha256") is None:
+        return False
+    return sha256_file(path) == entry["sha256"]
 
 
 def versions() -> dict[str, str]:

@@ -1,11 +1,11 @@
 """Prompts: chat templates as data, rendered in a sandbox exactly as transformers renders them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from exporter.errors import InputRefused
+from exporter.json_text import parse_json
 from exporter.templates import RenderError, render_apart, render_here
 
 # The card's prompt. Every newline of the output stands in a string literal and every tag eats the white space around
@@ -109,8 +109,8 @@ def chat_template(directory: Path) -> str | None:
         return _read(own)
     value = _read_json(directory / "tokenizer_config.json").get("chat_template")
     if isinstance(value, list):
-        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-        value = named.get("default")
+        named = [one.get("template") for one in value if isinstance(one, dict) and one.get("name") == "default"]
+        value = named[-1] if named else None
     if value is not None and not isinstance(value, str):
         raise InputRefused(f"{directory / 'tokenizer_config.json'}: chat_template is not text", expected="a string")
     return value
@@ -141,8 +141,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(_read(path).encode())
+    except ValueError as error:
         raise InputRefused(f"{path} is not JSON: {error}", expected="a JSON object") from error
     if not isinstance(content, dict):
         raise InputRefused(f"{path} holds a {type(content).__name__}", expected="a JSON object")

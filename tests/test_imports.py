@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "exporter"
-BOTTOM = {"errors", "progress", "files", "manifest", "prompts", "templates"}
+BOTTOM = {"errors", "progress", "files", "manifest", "prompts", "templates", "json_text"}
 FLOW = ["sources", "merging", "graph", "runtime", "serving", "parity", "report"]
 TOP = {
     "spec",

@@ -57,6 +57,9 @@ def bundles_in(directory: Path) -> list[Bundle]:
                 bundle = Bundle(directory, section["precision"], section["target"], directory / section["graph"])
             except (KeyError, TypeError) as error:
                 raise InputRefused(f"the manifest in {directory} is malformed at {stage}") from error
+            names = (bundle.precision, bundle.target, section["graph"])
+            if not all(isinstance(name, str) and "\0" not in name for name in names):
+                raise InputRefused(f"the manifest in {directory} is malformed at {stage}", todo="export it again")
             if bundle.graph.parent != directory or bundle.target not in GRAPHS:
                 raise InputRefused(f"the manifest in {directory} names {section['graph']!r}", expected="a graph in it")
             found.append(bundle)
@@ -92,6 +95,11 @@ def dequantized_weights(bundle: Bundle) -> Iterator[tuple[str, torch.Tensor]]:
 def describe_known(path: Path, manifest: Mapping[str, Any] | None) -> dict[str, Any]:
     """A manifest entry for `path`; its hash comes from another stage's entry while the file's stamp is the same."""
     return describe_file(path, known_sha256(path, manifest))
+
+
+def describe_unread(path: Path, manifest: Mapping[str, Any] | None) -> dict[str, Any]:
+    """As `describe_known`, without reading the file: its hash is None where no stage recorded it."""
+    return {**stamp(path), "sha256": known_sha256(path, manifest)}
 
 
 def known_sha256(path: Path, manifest: Mapping[str, Any] | None) -> str | None:

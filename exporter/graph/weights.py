@@ -15,7 +15,7 @@ from exporter.sources.tensors import FLOATS
 WEIGHTS = "weights.safetensors"
 # Beside the codes `wte.weight.int8` stand `wte.weight.int8.scales`; a `t` after the bits says that the checkpoint
 # stores the transpose, `.of40` that only 40 columns of the last block are the matrix's own.
-CODES = re.compile(r"(?P<name>.+)\.int(?P<bits>[48])(?P<transposed>t?)(\.of(?P<columns>\d+))?")
+CODES = re.compile(r"(?P<name>.+)\.int(?P<bits>[48])(?P<transposed>t?)(\.of(?P<columns>\d{1,12}))?")
 SCALES = ".scales"
 # The factors of an adapter that stands beside a quantized matrix: `h.0.attn.c_attn.weight.lora_A` and `.lora_B`.
 DOWN, UP = ".lora_A", ".lora_B"

@@ -1,5 +1,6 @@
 """The manifest's account of a merge: what was read, how it was computed, what came out."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from exporter.merging.output import OutputTensor
 from exporter.merging.plan import MergePlan
 from exporter.merging.request import MergeOptions
 from exporter.merging.stream import WrittenTensor
+from exporter.sources.tensors import DTYPES
 
 FORMULA = "W' = round(W + sum_k weight_k * scale_k * B_k A_k), accumulated in float32, rounded once"
 # Where rounding keeps less of a delta than this share, the user is told.
@@ -61,6 +63,28 @@ def _tensor_entry(tensor: OutputTensor, written: WrittenTensor) -> dict[str, Any
         lost = written.rounding_norm / written.delta_norm if written.delta_norm else 0.0
         entry["kept"] = max(0.0, 1 - lost)
     return entry
+
+
+def is_account(section: object) -> bool:
+    """True if a manifest's section has what undoing a merge needs, in the types that `merge_section` writes."""
+    if not isinstance(section, dict):
+        return False
+    request, tensors = section.get("request"), section.get("tensors")
+    if not isinstance(section.get("proof"), list) or not isinstance(request, dict) or not isinstance(tensors, dict):
+        return False
+    adapters, shard_size = request.get("adapters"), request.get("shard_size")
+    weights = [one.get("weight") if isinstance(one, dict) else None for one in adapters or ()]
+    texts = ("sha256", "source_sha256", "source", "source_dtype")
+    return (
+        isinstance(adapters, list)
+        and all(isinstance(weight, int | float) and math.isfinite(weight) for weight in weights)
+        and isinstance(shard_size, int)
+        and shard_size > 0
+        and request.get("onto", "original") in ("original", "int8")
+        and all(isinstance(one, dict) and isinstance(one.get("sha256"), str) for one in tensors.values())
+        and all(isinstance(one.get(key, ""), str) for one in tensors.values() for key in texts)
+        and all(one.get("source_dtype", "F32") in DTYPES for one in tensors.values())
+    )
 
 
 def describe_shard(path: Path, shard: FinishedShard) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from exporter.files import (
     write_atomically,
 )
 from exporter.manifest import describe_file, file_is_unchanged, read_manifest, stamp, versions, write_stage
+from exporter.merging.account import is_account
 from exporter.merging.card import index_bytes, shard_names
 from exporter.merging.changes import AddVector, LowRank
 from exporter.merging.journal import FinishedShard, Journal
@@ -36,6 +37,7 @@ from exporter.progress import SILENT, Progress
 from exporter.sources.adapter import open_adapter
 from exporter.sources.checkpoint import Checkpoint, open_checkpoint
 from exporter.sources.hub import resolve
+from exporter.sources.own_files import require_own_files
 from exporter.sources.unchanged import require_unchanged, watch
 
 STAGE = "unmerge"
@@ -132,9 +134,11 @@ def _refuse_foreign_directory(target: Path, journal: Journal) -> None:
 
 
 def _merge_section(directory: Path) -> Mapping[str, Any]:
+    if directory.is_dir():
+        require_own_files(directory)
     manifest = read_manifest(directory) if directory.is_dir() else None
     section = (manifest or {"stages": {}})["stages"].get(MERGE)
-    if section is None or not section["proof"]:
+    if not is_account(section) or not section["proof"]:
         raise InputRefused(
             f"{directory} has no account of a proven merge",
             expected="a directory that exporter merge wrote, with the default --proof full",
@@ -184,8 +188,8 @@ def _check_digests(plan: MergePlan, shards: Mapping[str, FinishedShard], section
     lost = []
     for shard in shards.values():
         for written in shard.written:
-            entry = section["tensors"][written.name]
-            if written.sha256 != entry.get("source_sha256", entry["sha256"]):
+            entry = section["tensors"].get(written.name, {})
+            if written.sha256 != entry.get("source_sha256", entry.get("sha256")):
                 lost.append(written.name)
     if lost:
         raise _unreachable(lost, "rounding has put some of its last bits out of reach, or the adapter is another one")

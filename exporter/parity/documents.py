@@ -5,7 +5,6 @@ differs. Instruction and input are scored as `prompt`, the answer as `response`,
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from exporter.errors import InputRefused
+from exporter.json_text import parse_json
 from exporter.prompts import render_instruction
 
 PACKAGED = Path(__file__).with_name("prompts")
@@ -147,8 +147,8 @@ def plain_prompt(instruction: str, input: str) -> str:
 
 def _row(path: Path, number: int, line: str) -> Row:
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(line.encode())
+    except ValueError as error:
         raise InputRefused(
             f"{path}, line {number}, is not JSON ({error})", expected="one JSON object a line"
         ) from error

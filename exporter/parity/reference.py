@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from safetensors.numpy import save
 
 from exporter.errors import InputRefused
 from exporter.files import write_atomically
+from exporter.json_text import parse_json
 from exporter.parity.documents import Document
 from exporter.parity.scoring import LogitStore
 from exporter.parity.statistics import PairTokens, Scored, compare, log_softmax, score
@@ -163,7 +164,8 @@ def read_capture(path: Path) -> Capture:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"format {metadata.get('format')!r}")
-            facts = json.loads(metadata["facts"])
+            facts = parse_json(metadata["facts"].encode())
+            _check_facts(facts)
             capture = Capture(
                 file.get_tensor("ids"),
                 file.get_tensor("log_p"),
@@ -185,6 +187,14 @@ def read_capture(path: Path) -> Capture:
             todo="capture it again",
         ) from error
     return capture
+
+
+def _check_facts(facts: Any) -> None:
+    for key in ("base_files", "adapter_files", "environment"):
+        if not isinstance(facts[key], dict) or not all(isinstance(value, str) for value in facts[key].values()):
+            raise ValueError(f"{key} is no map of texts")
+    if not isinstance(facts["vocabulary"], int):
+        raise ValueError("the vocabulary is no number")
 
 
 def check_capture(

@@ -10,6 +10,7 @@ from exporter.graph.architectures import read_decoder
 from exporter.graph.bundle import GRAPHS, Bundle, bundle_weights, bundles_in
 from exporter.graph.decoder import decoder_weights
 from exporter.graph.genai_config import stop_tokens
+from exporter.graph.graph_check import load_graph, require_our_operators
 from exporter.manifest import file_is_unchanged
 from exporter.runtime.copying_runner import CopyingRunner, require_known_interface
 from exporter.runtime.memory import free_memory, needed_memory
@@ -47,6 +48,9 @@ def load(
     check_unchanged(chosen)
     config = read_json(chosen.directory / "config.json")
     n_positions, vocab_size = _sizes(chosen, config)
+    graph = load_graph(chosen.graph)
+    if chosen.precision != "optimum":
+        require_our_operators(chosen.graph, graph)
     session = open_session(chosen.graph, provider, threads)
     if chosen.precision == "optimum":
         require_known_interface(session)
@@ -127,9 +131,10 @@ def check_unchanged(bundle: Bundle) -> None:
     """InputRefused unless graph and weights are those of the export: by stamp, re-hashed where the stamp differs."""
     section = bundle.section
     files = section.get("files")
-    names = [section.get("graph"), *(section.get("weights") or [])]
+    weights = section.get("weights") or []
+    names = [section.get("graph"), *(weights if isinstance(weights, list) else [None])]
     for name in names:
-        entry = files.get(name) if isinstance(files, dict) else None
+        entry = files.get(name) if isinstance(files, dict) and isinstance(name, str) else None
         if not isinstance(entry, dict) or not file_is_unchanged(bundle.directory / str(name), entry):
             raise InputRefused(
                 f"{bundle.directory / str(name)} is not the file that was exported",

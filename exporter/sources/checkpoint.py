@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from exporter.errors import InputRefused, lacking
+from exporter.json_text import parse_json
 from exporter.sources import safetensors_file, torch_file
-from exporter.sources.json_text import parse_json
 from exporter.sources.own_files import require_own_files
 from exporter.sources.tensors import TensorInfo, read_rows, read_tensor
 

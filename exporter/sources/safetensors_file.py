@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.errors import EnvironmentLacking, InputRefused
-from exporter.sources.json_text import parse_json
+from exporter.json_text import parse_json
 from exporter.sources.tensors import DTYPES, TensorInfo, item_size
 
 # The format's own limit: https://github.com/huggingface/safetensors, "Format"

@@ -36,6 +36,11 @@ def tree(material: Path, outside: Outside, tmp_path: Path, monkeypatch: pytest.M
     return made
 
 
+@pytest.fixture(autouse=True)
+def _a_second_for_templates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exporter.templates.SECONDS", 1.0)
+
+
 class CommandLine:
     """`exporter ...` called in this process, under guard."""
 

@@ -11,19 +11,19 @@ INDEX = "pytorch_model.bin.index.json"
 NAN, INFINITE = float("nan"), float("inf")
 
 
-def config(change: Callable[[Any], Any]) -> Callable[[Tree], None]:
+def config(change: Callable[[Any], Any]) -> Callable[[Tree], object]:
     return lambda tree: edited(tree.base / "config.json", change)
 
 
-def merged_config(change: Callable[[Any], Any]) -> Callable[[Tree], None]:
+def merged_config(change: Callable[[Any], Any]) -> Callable[[Tree], object]:
     return lambda tree: edited(tree.merged / "config.json", change)
 
 
-def adapter(change: Callable[[Any], Any]) -> Callable[[Tree], None]:
+def adapter(change: Callable[[Any], Any]) -> Callable[[Tree], object]:
     return lambda tree: edited(tree.adapter / "adapter_config.json", change)
 
 
-def sharded(change: Callable[[Any], Any]) -> Callable[[Tree], None]:
+def sharded(change: Callable[[Any], Any]) -> Callable[[Tree], object]:
     def damage(tree: Tree) -> None:
         as_bin(tree.base, shards=2)
         edited(tree.base / INDEX, change)
@@ -31,7 +31,7 @@ def sharded(change: Callable[[Any], Any]) -> Callable[[Tree], None]:
     return damage
 
 
-def shard_is(name: Any) -> Callable[[Tree], None]:
+def shard_is(name: Any) -> Callable[[Tree], object]:
     """Every tensor in a file of this name, and such a file where a careless join would find it."""
 
     def damage(tree: Tree) -> None:
@@ -43,8 +43,8 @@ def shard_is(name: Any) -> Callable[[Tree], None]:
     return damage
 
 
-def written(place: str, data: bytes) -> Callable[[Tree], None]:
-    return lambda tree: (tree.root / place).write_bytes(data) and None
+def written(place: str, data: bytes) -> Callable[[Tree], object]:
+    return lambda tree: (tree.root / place).write_bytes(data)
 
 
 JSON = {
@@ -172,7 +172,7 @@ INDEXES: dict[str, Callable[[Any], Any]] = {
         weight_map={k: v.replace("00001-of", "x").replace("00002-of", "00001-of").replace("x", "00002-of")
                     for k, v in i["weight_map"].items()}
     ),
-    "100000 shards": lambda i: i.update(weight_map={f"t{n}": f"{n}.bin" for n in range(100_000)}),
+    "20000 shards": lambda i: i.update(weight_map={f"t{n}": f"{n}.bin" for n in range(20_000)}),
 }  # fmt: skip
 CASES = [
     *(
@@ -208,7 +208,7 @@ CASES = [
     *(Case(f"index: {name}", shard_is(shard), ("inspect", "export")) for name, shard in SHARDS.items()),
     *(Case(f"index: {name}", sharded(change), ("inspect", "merge")) for name, change in INDEXES.items()),
     *(
-        Case(f"index: {name}", lambda tree, data=data: (as_bin(tree.base, shards=2), written(f"base/{INDEX}", data)(tree)),
+        Case(f"index file: {name}", lambda tree, data=data: (as_bin(tree.base, shards=2), written(f"base/{INDEX}", data)(tree)),
              ("inspect",))
         for name, data in JSON.items()
     ),

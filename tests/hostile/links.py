@@ -17,7 +17,7 @@ def secret(tree: Tree, source: Path) -> Path:
     return target
 
 
-def link(place: str, *, relative: bool = False) -> Callable[[Tree], None]:
+def link(place: str, *, relative: bool = False) -> Callable[[Tree], object]:
     def damage(tree: Tree) -> None:
         path = tree.root / place
         target = secret(tree, path)
@@ -27,7 +27,7 @@ def link(place: str, *, relative: bool = False) -> Callable[[Tree], None]:
     return damage
 
 
-def chain(place: str) -> Callable[[Tree], None]:
+def chain(place: str) -> Callable[[Tree], object]:
     """A link to a link beside it that leads out."""
 
     def damage(tree: Tree) -> None:
@@ -39,7 +39,7 @@ def chain(place: str) -> Callable[[Tree], None]:
     return damage
 
 
-def to(place: str, target: str) -> Callable[[Tree], None]:
+def to(place: str, target: str) -> Callable[[Tree], object]:
     def damage(tree: Tree) -> None:
         (tree.root / place).unlink(missing_ok=True)
         (tree.root / place).symlink_to(target)
@@ -47,7 +47,7 @@ def to(place: str, target: str) -> Callable[[Tree], None]:
     return damage
 
 
-def pipe(place: str) -> Callable[[Tree], None]:
+def pipe(place: str) -> Callable[[Tree], object]:
     """Opening it for reading waits for ever."""
 
     def damage(tree: Tree) -> None:
@@ -57,7 +57,7 @@ def pipe(place: str) -> Callable[[Tree], None]:
     return damage
 
 
-def directory(place: str) -> Callable[[Tree], None]:
+def directory(place: str) -> Callable[[Tree], object]:
     def damage(tree: Tree) -> None:
         (tree.root / place).unlink(missing_ok=True)
         (tree.root / place).mkdir()

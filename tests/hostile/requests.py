@@ -40,7 +40,6 @@ SPECS: dict[str, str | bytes] = {
     "adapters that are numbers": 'adapter = [1]\n[base]\nsource = "base"\n[output]\ndir = "out"\n',
     "a template that is a list": SPEC.replace('"alpaca"', "[1]"),
     "a template of no name": SPEC.replace('"alpaca"', '"evil"'),
-    "a template that escapes": SPEC.replace('"alpaca"', "\"{{ ''.__class__ }}\""),
     "an output that is a file": SPEC.replace('"out"', '"spec.toml"'),
     "an output that is the base": SPEC.replace('"out"', '"base"'),
     "an output with a zero byte": SPEC.replace('"out"', '"o\\u0000ut"'),
@@ -56,7 +55,6 @@ PROMPTS: dict[str, bytes] = {
     "a number": b"7\n",
     "bytes": b'{"text": "\xff"}\n',
     "UTF-16": '{"text": "x"}'.encode("utf-16"),
-    "an unknown key": b'{"text": "x", "code": "y"}\n',
     "numbers": b'{"instruction": 7, "output": 8}\n',
     "null in a row": b'{"instruction": null}\n',
     "a list in a row": b'{"instruction": ["x"], "output": "y"}\n',
@@ -68,23 +66,22 @@ PROMPTS: dict[str, bytes] = {
     "a number of a million digits": b'{"text": ' + b"9" * 10**6 + b"}\n",
     "NaN": b'{"text": NaN}\n',
     "a name twice": b'{"text": "x", "text": 1}\n',
-    "the marker of the fixed words": '{"instruction": "\ufdd0", "output": "x"}\n'.encode(),
 }
 
 
-def spec(text: str | bytes) -> Callable[[Tree], None]:
+def spec(text: str | bytes) -> Callable[[Tree], object]:
     data = text if isinstance(text, bytes) else text.encode()
-    return lambda tree: (tree.root / "spec.toml").write_bytes(data) and None
+    return lambda tree: (tree.root / "spec.toml").write_bytes(data)
 
 
-def prompts(data: bytes) -> Callable[[Tree], None]:
-    return lambda tree: (tree.root / "prompts.jsonl").write_bytes(data) and None
+def prompts(data: bytes) -> Callable[[Tree], object]:
+    return lambda tree: (tree.root / "prompts.jsonl").write_bytes(data)
 
 
 Change = Callable[[dict[str, np.ndarray], dict[str, str]], Any]
 
 
-def reference(change: Change) -> Callable[[Tree], None]:
+def reference(change: Change) -> Callable[[Tree], object]:
     """The captured file with other tensors or facts, and a header that is in order."""
 
     def damage(tree: Tree) -> None:

@@ -23,7 +23,7 @@ def entry_of(header: dict[str, Any]) -> dict[str, Any]:
     return next(value for key, value in header.items() if key != "__metadata__")
 
 
-def entry(**changes: Any) -> Callable[[Path], None]:
+def entry(**changes: Any) -> Callable[[Path], object]:
     """The first tensor's entry with other values; a value of ... removes the key."""
 
     def damage(path: Path) -> None:
@@ -38,7 +38,7 @@ def entry(**changes: Any) -> Callable[[Path], None]:
     return damage
 
 
-def header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+def header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], object]:
     def damage(path: Path) -> None:
         document, data = split(path)
         join(path, dump(change(document) or document), data)
@@ -46,7 +46,7 @@ def header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     return damage
 
 
-def raw(make: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+def raw(make: Callable[[bytes], bytes]) -> Callable[[Path], object]:
     """The header's bytes changed, with a true length before them."""
 
     def damage(path: Path) -> None:
@@ -57,8 +57,8 @@ def raw(make: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     return damage
 
 
-def file(make: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(make(path.read_bytes())) and None
+def file(make: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(make(path.read_bytes()))
 
 
 def twice(path: Path) -> None:
@@ -82,11 +82,11 @@ def hole(document: dict[str, Any]) -> None:
 
 
 def many(document: dict[str, Any]) -> dict[str, Any]:
-    """Fifty thousand tensors of no bytes, 3 MB of header."""
-    return document | {f"x{i}": {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]} for i in range(50_000)}
+    """Ten thousand tensors of no bytes, 0.6 MB of header."""
+    return document | {f"x{i}": {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]} for i in range(10_000)}
 
 
-DAMAGES: dict[str, Callable[[Path], None]] = {
+DAMAGES: dict[str, Callable[[Path], object]] = {
     "overlapping tensors": header(overlap),
     "a hole": header(hole),
     "a huge offset": entry(data_offsets=[0, 10**18]),
@@ -138,7 +138,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "JSON and more": raw(lambda h: h + h),
     "an empty header": raw(lambda h: b""),
     "spaces alone": raw(lambda h: b" " * 64),
-    "50000 empty tensors": header(many),
+    "10000 empty tensors": header(many),
     "a header bomb of 90 MB": raw(lambda h: h + b" " * (90 << 20)),
     "a length of 2**63": file(lambda d: (1 << 63).to_bytes(8, "little") + d[8:]),
     "a length of 2**64 - 1": file(lambda d: b"\xff" * 8 + d[8:]),
@@ -155,11 +155,11 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "a pickle": file(lambda d: b"\x80\x04cos\nsystem\n."),
 }
 # Read, for what they are is only unusual: names without bytes, and spaces, which the format allows for alignment.
-ALLOWED = ("50000 empty tensors", "a header bomb of 90 MB")
+ALLOWED = ("10000 empty tensors", "a header bomb of 90 MB")
 
 
 def _on(place: str, commands: tuple[str, ...], skip: tuple[str, ...] = ()) -> list[Case]:
-    def on(damage: Callable[[Path], None]) -> Callable[[Tree], None]:
+    def on(damage: Callable[[Path], object]) -> Callable[[Tree], object]:
         return lambda tree: damage(tree.root / place)
 
     return [
@@ -176,7 +176,7 @@ def _on(place: str, commands: tuple[str, ...], skip: tuple[str, ...] = ()) -> li
 
 CASES = [
     *_on("base/model.safetensors", ("inspect", "merge")),
-    *_on("adapter/adapter_model.safetensors", ("inspect",)),
+    *_on("adapter/adapter_model.safetensors", ("inspect",), skip=("a header bomb of 90 MB",)),
     *_on("int8/weights.safetensors", ("generate int8", "verify int8"), skip=ALLOWED),
     *_on("reference", ("verify reference",), skip=ALLOWED),
 ]

@@ -59,11 +59,11 @@ QUICK = {
 }
 
 
-def template(text: str) -> Callable[[Tree], None]:
-    return lambda tree: (tree.merged / "chat_template.jinja").write_text(text) and None
+def template(text: str) -> Callable[[Tree], object]:
+    return lambda tree: (tree.merged / "chat_template.jinja").write_text(text)
 
 
-def in_tokenizer_config(value: Any) -> Callable[[Tree], None]:
+def in_tokenizer_config(value: Any) -> Callable[[Tree], object]:
     def damage(tree: Tree) -> None:
         (tree.merged / "chat_template.jinja").unlink()
         edited(tree.merged / "tokenizer_config.json", with_key("chat_template", value=value))
@@ -71,12 +71,12 @@ def in_tokenizer_config(value: Any) -> Callable[[Tree], None]:
     return damage
 
 
-def tokenizer(change: Callable[[Any], Any]) -> Callable[[Tree], None]:
+def tokenizer(change: Callable[[Any], Any]) -> Callable[[Tree], object]:
     return lambda tree: edited(tree.merged / "tokenizer.json", change)
 
 
-def raw_tokenizer(data: bytes) -> Callable[[Tree], None]:
-    return lambda tree: (tree.merged / "tokenizer.json").write_bytes(data) and None
+def raw_tokenizer(data: bytes) -> Callable[[Tree], object]:
+    return lambda tree: (tree.merged / "tokenizer.json").write_bytes(data)
 
 
 def split_by(pattern: str) -> Callable[[Any], Any]:
@@ -115,7 +115,7 @@ BYTES = {
 }
 
 
-def vocabulary_files(**files: bytes) -> Callable[[Tree], None]:
+def vocabulary_files(**files: bytes) -> Callable[[Tree], object]:
     """A tokenizer of 2023: vocab.json and merges.txt, from which tokenizer.json is built."""
 
     def damage(tree: Tree) -> None:
@@ -129,7 +129,7 @@ def vocabulary_files(**files: bytes) -> Callable[[Tree], None]:
     return damage
 
 
-def by_name(**keys: Any) -> Callable[[Tree], None]:
+def by_name(**keys: Any) -> Callable[[Tree], object]:
     """Code that the tokenizer's configuration names, beside it."""
 
     def damage(tree: Tree) -> None:
@@ -145,7 +145,8 @@ def by_name(**keys: Any) -> Callable[[Tree], None]:
 
 INSTRUCT = ("generate",)
 CASES = [
-    *(Case(f"template escapes: {name}", template(text), INSTRUCT, codes=(0, 4)) for name, text in ESCAPES.items()),
+    # Some render as nothing, which is a prompt of no tokens.
+    *(Case(f"template escapes: {name}", template(text), INSTRUCT, codes=(0, 2, 4)) for name, text in ESCAPES.items()),
     *(Case(f"template exhausts: {name}", template(text), INSTRUCT, says="chat template") for name, text in EXHAUSTING.items()),
     *(Case(f"template: {name}", template(text), INSTRUCT, says="chat template") for name, text in QUICK.items()),
     Case("template: bytes", lambda tree: (tree.merged / "chat_template.jinja").write_bytes(b"\xff\xfe"), INSTRUCT),

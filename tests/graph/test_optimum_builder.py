@@ -1,30 +1,37 @@
 """Architectures without a builder go through optimum; their bundles run like the others."""
 
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from safetensors.torch import load_file
+from transformers import OPTConfig, OPTForCausalLM
 
 from exporter.errors import EnvironmentLacking, InputRefused
 from exporter.graph import export
+from exporter.graph.optimum_builder import estimate_cost
+from exporter.progress import SILENT
 from exporter.runtime.load import load
+from exporter.sources.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from tests.graph.conftest import tokens
 
 
-def neox(directory: Path) -> GPTNeoXForCausalLM:
+def opt(directory: Path) -> OPTForCausalLM:
     torch.manual_seed(0)
-    config = GPTNeoXConfig(
+    config = OPTConfig(
         vocab_size=97,
         hidden_size=32,
+        word_embed_proj_dim=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        intermediate_size=64,
+        ffn_dim=64,
         max_position_embeddings=32,
     )
-    model = GPTNeoXForCausalLM(config).eval()
+    model = OPTForCausalLM(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -32,16 +39,33 @@ def neox(directory: Path) -> GPTNeoXForCausalLM:
     return model
 
 
+class Notes:
+    """Progress that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def task(self, title: str, total: float, unit: str = "") -> Any:
+        return SILENT.task(title, total, unit)
+
+    def note(self, message: str) -> None:
+        self.said.append(message)
+
+
 def test_an_unknown_architecture_names_the_way_out(tmp_path: Path) -> None:
-    neox(tmp_path)
-    with pytest.raises(InputRefused, match=r"gpt_neox[\s\S]*--builder optimum"):
+    opt(tmp_path)
+    with pytest.raises(InputRefused, match=r"'opt'[\s\S]*gpt2 \(GPT-2[\s\S]*gpt_neox[\s\S]*--builder optimum"):
         export(tmp_path)
 
 
 def test_an_optimum_bundle_computes_what_transformers_computes(tmp_path: Path) -> None:
     pytest.importorskip("optimum.exporters.onnx", reason="optimum's ONNX part is not installed", exc_type=ImportError)
-    model = neox(tmp_path / "merged")
-    bundle = export(tmp_path / "merged", builder="optimum")[0]
+    model = opt(tmp_path / "merged")
+    notes = Notes()
+    bundle = export(tmp_path / "merged", builder="optimum", progress=notes)[0]
+    stored = sum(tensor.numel() for tensor in load_file(tmp_path / "merged" / "model.safetensors").values())
+    assert re.search(r"about 1\.1 GB of memory \(its float32 weights are \d+\.\d kB\) and 13 s", notes.said[0])
+    assert bundle.section["estimated"]["weights"] == 4 * stored
     assert (bundle.directory, bundle.precision) == (tmp_path / "optimum", "optimum")
     runner, ids = load(bundle, threads=1), tokens(20, vocabulary=97)
     with torch.no_grad():
@@ -50,12 +74,37 @@ def test_an_optimum_bundle_computes_what_transformers_computes(tmp_path: Path) -
         np.testing.assert_allclose(runner.logits(ids, chunk=chunk), expected, atol=1e-4, rtol=0)
     prompts = [ids[:3], ids[5:14]]
     for prompt, answer in zip(prompts, runner.generate(prompts, 8, stop_tokens=()), strict=True):
-        expected = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None)
+        given = torch.tensor([prompt])  # with a mask: transformers would guess one, and hide OPT's pad token 1
+        mask = torch.ones_like(given)
+        expected = model.generate(given, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None)
         assert answer == expected[0, len(prompt) :].tolist()
 
 
 def test_without_optimum_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    neox(tmp_path / "merged")
+    opt(tmp_path / "merged")
     monkeypatch.setitem(sys.modules, "optimum.exporters.onnx", None)
     with pytest.raises(EnvironmentLacking, match="cannot be imported"):
         export(tmp_path / "merged", builder="optimum")
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optimum.exporters.onnx", reason="optimum's ONNX part is not installed", exc_type=ImportError)
+    opt(tmp_path / "merged")
+    needed = estimate_cost(open_checkpoint(tmp_path / "merged")).memory
+    monkeypatch.setattr("exporter.graph.optimum_builder.free_main_memory", lambda: needed - 1)
+    monkeypatch.setattr("exporter.graph.optimum_builder._trace", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(EnvironmentLacking, match=r"takes about 1\.\d GB of memory .*two cores, and 1\.\d GB are free"):
+        export(tmp_path / "merged", builder="optimum")
+    assert not (tmp_path / "optimum").exists()
+
+
+@pytest.mark.parametrize(("parameters", "gigabytes", "seconds"), [(111e6, 2.7, 23), (590e6, 9.5, 67)])
+def test_the_estimate_gives_back_what_was_measured(parameters: float, gigabytes: float, seconds: float) -> None:
+    """optimum 2.1, float32 GPT-2 shapes, 2 cores."""
+    info = TensorInfo("w", "F16", (int(parameters),), Path("none"), 0, 2 * int(parameters))
+    cost = estimate_cost(Checkpoint(Path("none"), {}, {"w": info}, ()))
+    assert abs(cost.memory / 1e9 - gigabytes) < 0.1 * gigabytes
+    assert abs(cost.seconds - seconds) < 0.1 * seconds
+    assert 4 <= cost.memory / (4 * parameters) <= 6.1

@@ -14,7 +14,7 @@ NAMES = {
     "F": "bundle's weights, fp32",
     "O": "ONNX bundle",
     "O1": "ONNX, full-precision products",
-    "D": "ONNX, cached decoding",
+    "D": "ONNX, cached decoding; between T and R: fp32 over what the base's 8-bit codes mean",
     "P": "ONNX, padded batch",
     "W": "bundle's weights",
 }
@@ -43,7 +43,13 @@ STATISTICS = {
 }
 
 EXACT = ("finite", "evidence.count", "evidence.distinct")  # counted, not listed, where they passed
-STEPS = {"T -> M32": "PEFT's merge", "M32 -> F": "the stored weights", "F -> O": "the graph"}
+STEPS = {
+    "T -> M32": "PEFT's merge",
+    "M32 -> F": "the stored weights",
+    "F -> O": "the graph",
+    "T -> D": "8-bit weights",
+    "D -> R": "8-bit activations",
+}
 ORIGINS = {
     "merge": "the merge",
     "rounding": "storing the weights in their type",

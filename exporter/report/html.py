@@ -1,14 +1,15 @@
 """report.html: one self-contained page. No script, no network: styles and plots stand inside."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
 
-from exporter.parity.result import BundleResult, Verification
+from exporter.parity.result import BundleResult, MergeBases, Verification
 from exporter.report import advice, figures, layer_plots, plots
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -33,18 +34,32 @@ def html_page(verification: Verification) -> str:
     environment.filters["visible"] = visible
     environment.globals.update(f=figures, advice=advice)
     numbers = count()
-    drawings = [
-        [Drawing(one.title, one.explanation, Markup(_unique(one.svg, next(numbers)))) for one in _drawings(bundle)]
-        for bundle in verification.bundles
-    ]
+    drawings = [_numbered(_drawings(bundle), numbers) for bundle in verification.bundles]
     bases = verification.merge_bases
-    codes = ""
-    if bases is not None and any(one.to_delta is not None for one in bases.tensors):
-        codes = Markup(_unique(layer_plots.codes_error(bases), next(numbers)))
+    onto = _numbered(_onto_drawings(bases), numbers) if bases is not None else []
     names = figures.bundle_names(verification.bundles)
-    return environment.get_template("report.html.j2").render(
-        v=verification, names=names, drawings=drawings, codes=codes
-    )
+    return environment.get_template("report.html.j2").render(v=verification, names=names, drawings=drawings, onto=onto)
+
+
+def _numbered(drawings: Sequence[Drawing], numbers: "count[int]") -> list[Drawing]:
+    """The drawings with ids of their own: several SVGs share one page."""
+    return [replace(one, svg=Markup(_unique(one.svg, next(numbers)))) for one in drawings]
+
+
+def _onto_drawings(bases: MergeBases) -> list[Drawing]:
+    """What 8 bits do to the base, and how loud that is beside the adapter."""
+    found = [
+        Drawing(
+            f"What 8 bits do, {chain}",
+            "Each step's share of the distance from the truth to the 8-bit reference.",
+            Markup(plots.stage_ladder(bases.stages, chain)),
+        )
+        for chain in plots.chains(bases.stages)
+    ]
+    if any(one.to_delta for one in bases.tensors):
+        words = "‖q‖ / ‖delta‖ of each adapted weight, q being what 8-bit rounding takes away. Dotted: as large."
+        found.append(Drawing("8-bit rounding beside the adapter", words, Markup(layer_plots.codes_error(bases))))
+    return found
 
 
 def visible(text: str) -> str:
@@ -68,9 +83,9 @@ def _drawings(bundle: BundleResult) -> list[Drawing]:
         (
             f"Where the error comes from, {chain}",
             "Each step's share of the error. A negative share takes back another step's error.",
-            plots.stage_ladder(bundle, chain),
+            plots.stage_ladder(bundle.stages, chain),
         )
-        for chain in plots.chains(bundle)
+        for chain in plots.chains(bundle.stages)
     ]
     if any(p.share is not None and p.error is not None for p in bundle.projections):
         found.append(

@@ -66,7 +66,7 @@ def layer_swaps(bundle: BundleResult) -> str:
 
 def codes_error(bases: MergeBases) -> str:
     """||q|| / ||delta|| of each adapted weight: how loud 8-bit rounding is beside the adapter."""
-    known = [(i, one.to_delta) for i, one in enumerate(bases.tensors) if one.to_delta is not None]
+    known = [(i, one.to_delta) for i, one in enumerate(bases.tensors) if one.to_delta]
 
     def paint(axes: Axes) -> None:
         places, values = zip(*known, strict=True)

@@ -1,7 +1,6 @@
 """The plots of one bundle: units at the axes, limits dashed, and the content in words for screen readers."""
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.markers import CARETUPBASE
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from exporter.parity.result import BundleResult, Histogram
+from exporter.parity.result import BundleResult, Histogram, Stage
 from exporter.report.drawing import (
     DASHES,
     FIRST,
@@ -73,9 +72,9 @@ def kl_distribution(bundle: BundleResult) -> str:
     return draw(paint, 3.5, alt)
 
 
-def stage_ladder(bundle: BundleResult, chain: str) -> str:
+def stage_ladder(all_stages: Sequence[Stage], chain: str) -> str:
     """Each stage's share of the error of one chain, first stage on top."""
-    stages = [stage for stage in bundle.stages if stage.chain == chain and stage.share is not None]
+    stages = [stage for stage in all_stages if stage.chain == chain and stage.share is not None]
     shares = [100 * (stage.share or 0) for stage in stages]
     labels = [stage_name(stage.step).replace("->", "→") + _nats(stage.kl) for stage in stages]
 
@@ -185,9 +184,9 @@ def layer(tensor: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def chains(bundle: BundleResult) -> Sequence[str]:
+def chains(stages: Sequence[Stage]) -> Sequence[str]:
     """Chains of stages that have shares, in order."""
-    return list(Counter(stage.chain for stage in bundle.stages if stage.share is not None))
+    return list(dict.fromkeys(stage.chain for stage in stages if stage.share is not None))
 
 
 def _nats(kl: float | None) -> str:

@@ -147,6 +147,7 @@ def verification(verdict: str) -> Verification:
                 MergeBase("int8", 6e-4, 5e-4, 7e-4, 9e-4, 8e-4, 1e-3),
             ),
             tuple(CodesError(f"h.{i}.attn.c_attn.weight", 0.6 + 0.05 * i, 0.009) for i in range(8)),
+            (Stage("T to R", "T -> D", 0.7, 6e-4), Stage("T to R", "D -> R", 0.3, 3e-4)),
         ),
     )
 

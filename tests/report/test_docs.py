@@ -96,7 +96,7 @@ def test_the_facts_of_the_docs_are_those_of_the_code() -> None:
     assert f"| `nightly` | all {rows} | up to {nightly.response_tokens} |" in text
     assert f"| `release` | all {rows}, and {texts} texts" in text
     needed = {(gate.tokens, gate.documents) for gate in load_thresholds().gates if gate.required and gate.tokens > 1}
-    assert needed == {(200, 8), (1000, 24)}
+    assert needed == {(200, 8)}
 
 
 def test_links_lead_somewhere() -> None:

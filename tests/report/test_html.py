@@ -116,7 +116,7 @@ def test_texts_of_models_are_escaped() -> None:
 
 def test_plots_take_their_colours_from_the_page() -> None:
     page = page_of("passing")
-    assert page.count("<svg") == 15  # 7 of each bundle, and the 8-bit codes
+    assert page.count("<svg") == 16  # 7 of each bundle, and what 8 bits do
     drawings = page[page.index("<svg") :]
     assert "var(--ink)" in drawings
     assert "var(--first)" in drawings
@@ -135,7 +135,8 @@ def test_plots_have_units_limits_and_words_for_those_who_do_not_see_them() -> No
     assert "Named as the origin: block 3." in words[3]
     assert "10 % with head" in words[4]
     assert "Limit: 0.002" in words[6]
-    assert "from 0.6 to 0.95" in words[14]
+    assert "8-bit weights (T -> D) 70.0 %; 8-bit activations (D -> R) 30.0 %" in words[14]
+    assert "from 0.6 to 0.95" in words[15]
     for label in ("KL of a token, nats (log scale)", "share of the error, %", "position in the document, tokens"):
         assert label in page
     assert page.count("mean KL T-O, nats (log scale)") == 2

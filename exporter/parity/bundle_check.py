@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from exporter.graph.bundle import Bundle as GraphBundle
 from exporter.graph.genai_config import stop_tokens
 from exporter.parity import feeding
-from exporter.parity.bundles import Bundle, load_graph
+from exporter.parity.bundles import Bundle
 from exporter.parity.documents import Document, Level
 from exporter.parity.evidence import counted, distinct
 from exporter.parity.gates import Gate, Thresholds, finiteness, judge, verdict
@@ -117,7 +117,7 @@ def _score_bundle(run: Run, bundle: Bundle) -> Fed:
     whole = run.level != "commit" or runner.n_positions <= WHOLE_CONTEXT_AT_COMMIT
     cache = feeding.check_cache(runner, rows, whole)
     del runner
-    graph = load_graph(bundle.graph)
+    graph = bundle.model()
     session = GraphSession(graph, bundle.directory, bundle.target)
     padding = feeding.check_padding(session, rows, bundle.target)
     del session
@@ -130,15 +130,17 @@ def _score_bundle(run: Run, bundle: Bundle) -> Fed:
 
 def _runner(bundle: Bundle) -> Runner:
     """The Runner as `load` makes it, for bundles without a manifest too: the files were hashed above."""
-    config = read_json(bundle.directory / "config.json")
-    return Runner(
+    config, adapter = read_json(bundle.directory / "config.json"), bundle.adapter
+    plain = GraphBundle(bundle.directory, bundle.format, bundle.target, bundle.graph)
+    runner = Runner(
         open_session(bundle.graph, bundle.target, None),
-        GraphBundle(bundle.directory, bundle.format, bundle.target, bundle.graph),
+        adapter.exported if adapter else plain,
         provider=bundle.target,
         n_positions=context(config),
         vocab_size=int(config["vocab_size"]),
         stop_tokens=stop_tokens(bundle.directory, config),
     )
+    return runner.with_adapter(adapter.name) if adapter else runner
 
 
 def _subject(run: Run, bundle: Bundle) -> GraphSubject:
@@ -147,7 +149,7 @@ def _subject(run: Run, bundle: Bundle) -> GraphSubject:
     row = document.tokens[: min(SHORT, run.pair.context - 1)]
     carried = load_weights(bundle.directory, dict(bundle.values()))
     rows = (row, row[: max(2, len(row) // 2)])
-    return GraphSubject(load_graph(bundle.graph), bundle, row, carried.logits(row), rows)
+    return GraphSubject(bundle.model(), bundle, row, carried.logits(row), rows)
 
 
 def _logit_gates(run: Run, gates: Sequence[Gate], pairs: BundlePairs) -> list[GateResult]:

@@ -7,9 +7,11 @@ from typing import Any
 
 import onnx
 import torch
+from numpy.typing import NDArray
 
 from exporter.errors import InputRefused
 from exporter.files import sha256_file
+from exporter.graph.bundle import Bundle as GraphBundle
 from exporter.graph.weights import Quantized, Weight, dequantize, open_weights, unpack
 from exporter.manifest import MANIFEST, read_manifest
 from exporter.parity.int8_base import Onto
@@ -18,6 +20,15 @@ from exporter.sources.own_files import require_own_files
 from exporter.sources.tensors import FLOATS, TensorInfo, read_tensor
 
 GRAPHS = ("model.onnx", "model_cuda.onnx")
+
+
+@dataclass(frozen=True, slots=True)
+class SeparateAdapter:
+    """An adapter beside a bundle's weights. `exported`: the bundle as its export wrote it; factors by input name."""
+
+    name: str
+    exported: GraphBundle
+    factors: Mapping[str, NDArray]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +44,15 @@ class Bundle:
     weights: Mapping[str, Weight]
     others: tuple[str, ...] = ()  # graphs beside this one, which were not run
     onto: Onto = "original"  # what the manifest says that the adapter was merged onto
+    adapter: SeparateAdapter | None = None  # chosen at run time; the weights here are those with it
+
+    def model(self) -> onnx.ModelProto:
+        """The graph without its weights; an adapter's factors are the defaults of its inputs."""
+        model, factors = load_graph(self.graph), self.adapter.factors if self.adapter else {}
+        for initializer in model.graph.initializer:
+            if initializer.name in factors:
+                initializer.CopyFrom(onnx.numpy_helper.from_array(factors[initializer.name], initializer.name))
+        return model
 
     def values(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every floating-point tensor by its checkpoint name, in float32 and the checkpoint's orientation."""

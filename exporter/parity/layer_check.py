@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from exporter.parity.blocks import BlockModel, Unsupported
-from exporter.parity.bundles import Bundle, load_graph
+from exporter.parity.bundles import Bundle
 from exporter.parity.documents import Document, Level
 from exporter.parity.graph_ranges import graph_nbytes
 from exporter.parity.graph_states import find_boundaries, read_states
@@ -35,7 +35,7 @@ def layer_errors(
         layers = compare_layers(ours, theirs, rows, progress)
     except Unsupported as reason:
         return (), f"no errors by layer: {reason}"
-    graph = full_precision(load_graph(bundle.graph))
+    graph = full_precision(bundle.model())
     if graph_nbytes(graph) * HEADROOM > free_memory(bundle.target):
         return tuple(layers), "the graph was not compared by layer: it does not fit into memory"
     boundaries = find_boundaries(graph, bundle.directory, bundle.target, theirs, rows[0])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai import BadRequestError, OpenAI
 from scipy.special import log_softmax
@@ -141,6 +141,7 @@ def test_a_stream_says_what_the_whole_says(client: OpenAI, options: dict) -> Non
     assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
 
 
+@settings(deadline=None)
 @given(text=st.text(max_size=40))
 def test_a_texts_tokens_have_the_texts_bytes(demo: Path, text: str) -> None:
     vocabulary = _vocabulary(demo)

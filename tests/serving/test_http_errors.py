@@ -87,7 +87,7 @@ WRONG: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize(("name", "value"), WRONG, ids=lambda value: json.dumps(value)[:30])
 def test_a_wrong_value_is_named(server: Running, name: str, value: Any) -> None:
-    assert name in refused(server.post("/v1/completions", COMPLETION | {name: value}), 400, param=name) or name == "n"
+    assert refused(server.post("/v1/completions", COMPLETION | {name: value}), 400, param=name)
 
 
 WRONG_CHAT: list[tuple[str, Any]] = [
@@ -196,7 +196,7 @@ def test_too_large_a_body_is_413_however_it_is_sent(tiny) -> None:
 
 def test_what_is_no_http_is_400(server: Running) -> None:
     host, port = server.url.removeprefix("http://").split(":")
-    for junk in (b"\x16\x03\x01 hello\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 100_000 + b"\r\n\r\n"):
+    for junk in (b"\x16\x03\x01 hello\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 500_000):
         with socket.create_connection((host, int(port))) as raw:
             raw.sendall(junk)
             assert raw.recv(100).startswith(b"HTTP/1.1 400 ")
@@ -235,6 +235,7 @@ def test_no_bytes_give_a_5xx(server: Running, content: bytes) -> None:
 
 
 def test_nothing_of_all_this_was_an_error_of_the_server(server: Running) -> None:
-    assert [line for line in server.lines() if line["level"] == "error"] == []
+    wrong = [line for line in server.lines() if line["level"] == "error"]
+    assert not wrong, wrong[0].get("traceback", wrong[0])
     assert server.post("/v1/completions", COMPLETION).status_code == 200
     assert server.get("/readyz").text == "ready\n"

@@ -45,6 +45,7 @@ def test_a_person_asks_and_reads_the_answer(server: Running, client: OpenAI, tmp
     assert CHROMIUM is not None
     with Page(CHROMIUM, server.url + "/", tmp_path, width=390, height=844) as page:
         page.until("document.getElementById('model').value === 'demo'")
+        page.run("document.querySelector('details').open = true")
         page.fill("instruction", "Name three colours.")
         page.fill("input", "For a flag.")
         page.fill("tokens", "12")

@@ -200,15 +200,14 @@ def test_a_file_system_that_is_full(scene: Callable[..., Scene], disk: Path, fau
         outcome("exit 5, goes on")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["verify", "capture", "run"])
-def test_temporary_files_on_a_full_disk(scene: Callable[..., Scene], disk: Path, name: str) -> None:
-    with matrix("disk full (TMPDIR)", name) as outcome:
+def test_temporary_files_on_a_full_disk(scene: Callable[..., Scene], disk: Path) -> None:
+    """`capture` alone has any: verify keeps its logits beside its report."""
+    with matrix("disk full (TMPDIR)", "capture") as outcome:
         require(disk)
-        here = scene(name)
+        here = scene("capture")
         remount(disk, "size=100k")
         message = here.refused(here.run(Fault(hide_full=True, scratch=str(disk))), 5)
-        assert str(disk) in message
+        assert "No space left" in message
         here.goes_on()
         outcome("exit 5, goes on")
 

@@ -1,20 +1,27 @@
 """Everything that is checked of one bundle: weights, logits, cache and padding, mutants."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from exporter.errors import InputRefused
 from exporter.graph.bundle import Bundle as GraphBundle
 from exporter.graph.genai_config import stop_tokens
 from exporter.parity import feeding
+from exporter.parity.bases import BaseOptions
+from exporter.parity.blocks_choice import Fp32Model, GraphPlace, Memory, open_scorer, score_fp32
+from exporter.parity.blocks_specs import carried_blocks, truth_blocks
 from exporter.parity.bundles import Bundle
 from exporter.parity.documents import Document, Level
-from exporter.parity.evidence import counted, distinct
+from exporter.parity.evidence import apart, counted, distinct
 from exporter.parity.gates import Gate, Thresholds, finiteness, judge, verdict
-from exporter.parity.graphs import GraphSession, full_precision
+from exporter.parity.graphs import full_precision
 from exporter.parity.inputs import Pair, context
+from exporter.parity.layer_check import layer_errors
 from exporter.parity.models import load_weights, release
 from exporter.parity.mutants import GraphSubject, graph_mutants, merge_mutants
 from exporter.parity.oracle import Oracle
+from exporter.parity.origin import find_origin
 from exporter.parity.pairs import (
     BundlePairs,
     CommonPairs,
@@ -25,7 +32,7 @@ from exporter.parity.pairs import (
     worst_tokens,
 )
 from exporter.parity.reference import LiveReference, Reference
-from exporter.parity.result import BundleResult, CacheCheck, GateResult, Verdict, worst_verdict
+from exporter.parity.result import BundleResult, CacheCheck, GateResult, Layer, Verdict, worst_verdict
 from exporter.parity.scoring import LogitStore
 from exporter.parity.statistics import PairTokens
 from exporter.parity.weights import check_weights
@@ -51,19 +58,28 @@ class Run:
     thresholds: Thresholds
     level: Level
     progress: Progress
+    memory: Memory = "auto"
 
 
 def verify_bundle(run: Run, bundle: Bundle) -> BundleResult:
     gates = [gate for gate in run.thresholds.gates if bundle.format in gate.formats and bundle.target in gate.targets]
-    weight_gates, projections = check_weights(bundle, run.oracle, run.thresholds.projection)
+    if not gates:
+        raise InputRefused(
+            f"{bundle.graph} is {bundle.format} for {bundle.target}", expected="a format that thresholds.toml judges"
+        )
+    weights = check_weights(bundle, run.oracle, run.thresholds.projection)
     mutants = merge_mutants(bundle, run.oracle, run.thresholds.projection)
     run.oracle.release()
     cache = _score_bundle(run, bundle)
     pairs = bundle_pairs(run.store, run.reference, run.common, bundle.format != "float", run.progress)
     mutants += graph_mutants(_subject(run, bundle), gates)
-    results = [*weight_gates, *_logit_gates(run, gates, pairs), *_feeding_gates(gates, cache)]
+    results = [*weights.gates, *_logit_gates(run, gates, pairs), *_feeding_gates(gates, cache)]
     results += [figure for name in ("T-O", "R-O", "T-R", "F-O") for figure in recorded(pairs.comparisons[name])]
     _drop_bundle(run)
+    layers, no_layers = _layers(run, bundle)
+    origin = find_origin(
+        bundle.format, results, weights.faults, weights.projections, pairs.stages, layers, run.oracle.state_names
+    )
     survivors = [mutant.name for mutant in mutants if mutant.outcome == "survived"]
     correctness, quality = verdict(results, "correctness"), None
     if any(result.kind == "quality" for result in results):
@@ -72,6 +88,9 @@ def verify_bundle(run: Run, bundle: Bundle) -> BundleResult:
     if bundle.provenance == "unknown":
         notes.append("provenance unknown: no manifest lists these files; they were compared by content")
     notes += [f"{name} beside {bundle.graph.name} was not run: this verdict is not about it" for name in bundle.others]
+    notes += [no_layers] if no_layers else []
+    if _place(run, bundle).is_ranged(bundle.model()):
+        notes.append("the graph ran as ranges of its nodes: a batch of rows of unequal length was not decoded")
     if survivors:
         notes.append(f"the run is invalid: {len(survivors)} mutant(s) survived ({', '.join(survivors)})")
     whole = worst_verdict([correctness, *([quality] if quality else []), *_invalid(survivors)])
@@ -85,7 +104,7 @@ def verify_bundle(run: Run, bundle: Bundle) -> BundleResult:
         correctness=correctness,
         quality=quality,
         gates=tuple(results),
-        projections=tuple(projections),
+        projections=tuple(weights.projections),
         stages=pairs.stages,
         mutants=tuple(mutants),
         cache=tuple(_summaries(cache)),
@@ -93,6 +112,20 @@ def verify_bundle(run: Run, bundle: Bundle) -> BundleResult:
         by_position=by_position(pairs.comparisons["T-O"], run.common.where),
         worst=worst_tokens(pairs, run.common.where, run.documents, run.pair.tokenizer),
         notes=tuple(notes),
+        layers=layers,
+        origin=origin,
+    )
+
+
+def _layers(run: Run, bundle: Bundle) -> tuple[tuple[Layer, ...], str]:
+    options = BaseOptions(run.oracle.onto, run.pair.rows)
+    return layer_errors(
+        lambda: truth_blocks(run.pair.base, run.pair.weighted, options),
+        lambda: carried_blocks(bundle.directory, bundle.weights),
+        bundle,
+        run.documents,
+        run.level,
+        run.progress,
     )
 
 
@@ -106,26 +139,42 @@ class Fed:
 
 def _score_bundle(run: Run, bundle: Bundle) -> Fed:
     """F, O and, for a quantized bundle, O1 into the store; the ways of feeding on the side."""
-    carried = load_weights(bundle.directory, dict(bundle.values()))
-    run.store.score("F", carried, run.progress)
-    del carried
-    release()
+    content = bundle.content
+    score_fp32(run.store, _carried(bundle), run.memory, run.progress)
     rows = [document.tokens for document in sorted(run.documents, key=lambda d: -len(d.tokens))[:3]]
     rows = [row[: feeding.LONGEST - 7 * i] for i, row in enumerate(rows)]  # unequal lengths on purpose
-    runner = _runner(bundle)
-    run.store.score("O", runner, run.progress)
-    whole = run.level != "commit" or runner.n_positions <= WHOLE_CONTEXT_AT_COMMIT
-    cache = feeding.check_cache(runner, rows, whole)
-    del runner
-    graph = bundle.model()
-    session = GraphSession(graph, bundle.directory, bundle.target)
-    padding = feeding.check_padding(session, rows, bundle.target)
-    del session
+    graph, place = bundle.model(), _place(run, bundle)
+    length = context(read_json(bundle.directory / "config.json"))
+    whole = run.level != "commit" or length <= WHOLE_CONTEXT_AT_COMMIT
+    if place.is_ranged(graph):
+        place.score(run.store, "O", graph, content)
+        cache = feeding.check_cache_in_graph(place.open(graph), rows, length, whole)
+    else:
+        runner = _runner(bundle)
+        if not run.store.has("O", content):
+            run.store.score("O", runner, run.progress, content)
+        cache = feeding.check_cache(runner, rows, whole)
+        del runner
+    padding = feeding.check_padding(place.open(graph), rows, bundle.target)
     if bundle.format != "float":
-        precise = GraphSession(full_precision(graph), bundle.directory, bundle.target)
-        run.store.score("O1", precise, run.progress)
+        place.score(run.store, "O1", full_precision(graph), content)
     release()
     return Fed(cache, padding)
+
+
+def _place(run: Run, bundle: Bundle) -> GraphPlace:
+    return GraphPlace(bundle.directory, bundle.target, run.store.directory, run.memory, run.progress)
+
+
+def _carried(bundle: Bundle) -> Fp32Model:
+    """F: transformers over the bundle's weights, dequantized."""
+    return Fp32Model(
+        "F",
+        lambda: load_weights(bundle.directory, dict(bundle.values())),
+        lambda: carried_blocks(bundle.directory, bundle.weights),
+        sum(4 * math.prod(weight.shape) for weight in bundle.weights.values()),
+        bundle.content,
+    )
 
 
 def _runner(bundle: Bundle) -> Runner:
@@ -147,15 +196,17 @@ def _subject(run: Run, bundle: Bundle) -> GraphSubject:
     """One short document for graph mutants, with F's logits at all of its positions (the store has the scored ones)."""
     document = min(run.documents, key=lambda one: abs(len(one.tokens) - SHORT))
     row = document.tokens[: min(SHORT, run.pair.context - 1)]
-    carried = load_weights(bundle.directory, dict(bundle.values()))
+    carried = open_scorer(_carried(bundle), run.memory, run.progress)
     rows = (row, row[: max(2, len(row) // 2)])
-    return GraphSubject(bundle.model(), bundle, row, carried.logits(row), rows)
+    graph, place = bundle.model(), _place(run, bundle)
+    return GraphSubject(graph, bundle, row, carried.logits(row), rows, place.open)
 
 
 def _logit_gates(run: Run, gates: Sequence[Gate], pairs: BundlePairs) -> list[GateResult]:
     results = [finiteness(comparison) for comparison in pairs.comparisons.values()]
-    results += [counted(name, len(one.document), run.store) for name, one in pairs.comparisons.items()]
+    results += [counted(name, len(one.tokens.kl), run.store) for name, one in pairs.comparisons.items()]
     live = [("R", "O"), ("R", "T")] if isinstance(run.reference, LiveReference) else []
+    results += apart([pairs.comparisons["R-O"], pairs.comparisons["T-R"]])
     results += distinct(run.store, [("T", "B"), ("F", "B"), ("O", "B"), *live])
     for gate in gates:
         if gate.pair in pairs.comparisons:

@@ -2,8 +2,13 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
+from exporter.parity.gates import Comparison
 from exporter.parity.result import GateResult
 from exporter.parity.scoring import LogitStore
+
+SAME = 1e-10  # nats
 
 
 def distinct(store: LogitStore, pairs: Sequence[tuple[str, str]]) -> list[GateResult]:
@@ -15,6 +20,21 @@ def distinct(store: LogitStore, pairs: Sequence[tuple[str, str]]) -> list[GateRe
         results.append(
             _exact("evidence.distinct", f"{a}-{b}", "equal", float(same), store.rows, len(store.documents), detail)
         )
+    return results
+
+
+def apart(comparisons: Sequence[Comparison]) -> list[GateResult]:
+    """The 8-bit reference is no copy of the model it is compared with, as a capture of the bundle itself would be.
+
+    The median KL of one model with itself is rounding, below 1e-12; 8 bits, and float16 alone, leave far more.
+    """
+    results = []
+    for one in comparisons:
+        median = float(np.median(one.tokens.kl))
+        same = not median > SAME
+        detail = f"the median KL is {median:.2g}: the reference is the same model" if same else ""
+        documents = len(np.unique(one.document))
+        results.append(_exact("evidence.apart", one.pair, "same", float(same), len(one.document), documents, detail))
     return results
 
 

@@ -78,13 +78,33 @@ def _gate(entry: dict[str, Any]) -> Gate:
 
 
 def judge(gate: Gate, comparison: Comparison) -> list[GateResult]:
-    """One result per scope of the gate that holds any token."""
+    """One result per scope of the gate that holds any token. A required gate that finds none is INCONCLUSIVE."""
     results = []
     for scope in gate.scopes:
         rows = np.ones(len(comparison.scope), bool) if scope == "all" else comparison.scope == scope
         if rows.any():
             results.append(_judge_scope(gate, comparison, scope, rows))
-    return results
+    return results or ([_unjudged(gate)] if gate.required else [])
+
+
+def _unjudged(gate: Gate) -> GateResult:
+    """No token of any of the gate's scopes: nothing was measured, so nothing may pass."""
+    return GateResult(
+        gate=gate.id,
+        pair=gate.pair,
+        statistic=gate.statistic,
+        scope=" or ".join(gate.scopes),
+        outcome="INCONCLUSIVE",
+        kind=gate.kind,
+        estimate=None,
+        lower=None,
+        upper=None,
+        limit=gate.limit,
+        bound=gate.bound,
+        tokens=0,
+        documents=0,
+        detail=f"no such tokens; the gate needs {gate.tokens} of {gate.documents} documents",
+    )
 
 
 def finiteness(comparison: Comparison) -> GateResult:
@@ -138,7 +158,7 @@ def measure(statistic: str, comparison: Comparison, rows: NDArray[np.bool_], all
     tokens, document = comparison.tokens, comparison.document[rows]
 
     def columns(*values: NDArray) -> NDArray[np.float64]:
-        return _per_document(document, [np.asarray(value, dtype=np.float64)[rows] for value in values])
+        return per_document(document, [np.asarray(value, dtype=np.float64)[rows] for value in values])
 
     everything = np.ones(len(comparison.document))
     if statistic == "kl_mean":
@@ -221,7 +241,7 @@ def _energy_ratio(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     return sums[..., 0] / np.maximum(sums[..., 1], np.finfo(np.float64).tiny)
 
 
-def _per_document(document: NDArray[np.int64], values: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+def per_document(document: NDArray[np.int64], values: list[NDArray[np.float64]]) -> NDArray[np.float64]:
     """Sums by document, (D, K)."""
     _, index = np.unique(document, return_inverse=True)
     return np.stack([np.bincount(index, weights=value).astype(np.float64) for value in values], axis=1)

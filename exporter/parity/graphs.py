@@ -170,6 +170,27 @@ def wrong_activation(model: onnx.ModelProto) -> onnx.ModelProto | None:
     return changed if found else None
 
 
+def relu_activation(model: onnx.ModelProto) -> onnx.ModelProto | None:
+    """ReLU for any GELU, GELU for ReLU: float16 cannot tell one GELU from another. None without an activation."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    nodes, found = [], False
+    for node in changed.graph.node:
+        if node.op_type in ("BiasGelu", "FastGelu", "Gelu", "QuickGelu"):
+            found, given = True, node.input[0]
+            if len(node.input) > 1 and node.input[1]:
+                given = f"{node.output[0]}.biased"
+                nodes.append(onnx.helper.make_node("Add", list(node.input[:2]), [given]))
+            nodes.append(onnx.helper.make_node("Relu", [given], list(node.output)))
+            continue
+        if node.op_type == "Relu":
+            found, node.op_type, node.domain = True, "Gelu", MICROSOFT
+        nodes.append(node)
+    del changed.graph.node[:]
+    changed.graph.node.extend(nodes)
+    return changed if found else None
+
+
 def wrong_qkv_order(model: onnx.ModelProto) -> onnx.ModelProto | None:
     """Packed attention inputs read as k|q|v. None where the graph packs nothing."""
     changed = onnx.ModelProto()

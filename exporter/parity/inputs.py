@@ -1,5 +1,6 @@
 """Opening and checking what verify is given, before any model is loaded."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,16 @@ from exporter.sources.checkpoint import Checkpoint, open_checkpoint, read_json, 
 from exporter.sources.hub import resolve
 from exporter.sources.tokenizer import TOKENIZER_JSON, build_tokenizer_json, tokenizer_files
 
+# What a config.json says beside the function that the weights make: types, names, ids, and what others judge.
+# fmt: off
+SILENT_KEYS = frozenset({
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "vocab_size",
+    "tie_word_embeddings", "quantization_config", "bos_token_id", "eos_token_id", "pad_token_id",
+    "task_specific_params", "attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "hidden_dropout",
+    "initializer_range", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
+    "summary_use_proj",
+})
+# fmt: on
 ALPACA_SET = PACKAGED / "alpaca.jsonl"
 
 
@@ -151,6 +162,7 @@ def find_template(bundles: Sequence[Path], pair: Pair) -> str | None:
 
 def check_bundle_inputs(bundle: Bundle, pair: Pair, documents: Sequence[Document]) -> None:
     """InputRefused where the bundle's tokenizer or context is not the one that the documents were made with."""
+    check_config(bundle, pair)
     tokenizer = load_tokenizer(bundle.directory)
     ours, theirs = pair.tokenizer.get_vocab(with_added_tokens=True), tokenizer.get_vocab(with_added_tokens=True)
     if ours != theirs:
@@ -158,6 +170,13 @@ def check_bundle_inputs(bundle: Bundle, pair: Pair, documents: Sequence[Document
         raise InputRefused(
             f"the tokenizer of {bundle.directory} differs from the one of the base and adapter, such as at {odd}",
             expected="the same vocabulary",
+            todo="merge again: merge copies the tokenizer byte for byte",
+        )
+    odd = _different_part(pair.tokenizer, tokenizer)
+    if odd is not None:
+        raise InputRefused(
+            f"the tokenizer of {bundle.directory} has another {odd} than the one of the base and adapter",
+            expected="the same tokenizer",
             todo="merge again: merge copies the tokenizer byte for byte",
         )
     for document in documents:
@@ -171,6 +190,34 @@ def check_bundle_inputs(bundle: Bundle, pair: Pair, documents: Sequence[Document
     length = context(read_json(bundle.directory / "config.json"))
     if length < max(len(document.tokens) for document in documents):
         raise InputRefused(f"{bundle.directory} takes {length} tokens", expected=f"{pair.context}, as the base")
+
+
+def check_config(bundle: Bundle, pair: Pair) -> None:
+    """InputRefused where the bundle's config.json describes another model than the base's: F would be that model.
+
+    Compared as transformers reads them, but for what says nothing about the function: see SILENT_KEYS.
+    """
+    from transformers import AutoConfig
+
+    def read(directory: Path) -> dict[str, Any]:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True).to_dict()
+        return {key: value for key, value in config.items() if key not in SILENT_KEYS}
+
+    ours, theirs = read(pair.base.directory), read(bundle.directory)
+    odd = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if odd:
+        raise InputRefused(
+            f"config.json of {bundle.directory} has {odd[0]} = {theirs.get(odd[0])!r}",
+            expected=f"{ours.get(odd[0])!r}, as the base",
+            todo="merge again: merge keeps what the base's config.json says of the model",
+        )
+
+
+def _different_part(ours: Tokenizer, theirs: Tokenizer) -> str | None:
+    """The first part in which two tokenizers differ; truncation and padding are the caller's choice, not parts."""
+    one, other = json.loads(ours.to_str()), json.loads(theirs.to_str())
+    parts = ("model", "normalizer", "pre_tokenizer", "post_processor", "decoder", "added_tokens")
+    return next((part for part in parts if one.get(part) != other.get(part)), None)
 
 
 def _require_change(adapter: Adapter) -> None:

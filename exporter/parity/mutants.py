@@ -16,7 +16,15 @@ from exporter.graph.weights import Quantized, Weight
 from exporter.parity.bundles import Bundle, quantization_steps
 from exporter.parity.feeding import comparison, decode_calls, padded_call, pair, real_positions
 from exporter.parity.gates import Gate, ProjectionLimits, finiteness, judge
-from exporter.parity.graphs import Call, Graph, full_precision, not_a_number, wrong_activation, wrong_qkv_order
+from exporter.parity.graphs import (
+    Call,
+    Graph,
+    full_precision,
+    not_a_number,
+    relu_activation,
+    wrong_activation,
+    wrong_qkv_order,
+)
 from exporter.parity.oracle import Adapted, Oracle
 from exporter.parity.result import GateResult, Mutant
 from exporter.parity.statistics import PairTokens
@@ -293,7 +301,8 @@ def graph_mutants(subject: GraphSubject, gates: Sequence[Gate]) -> list[Mutant]:
         reason = "rows are padded on the right only, and no position sees a later one"
         expected = tuple(gate.id for gate in padding)
         mutants.append(Mutant("padding not masked", "graph", "not applicable", expected, (), reason))
-    for name, change in (("wrong activation", wrong_activation), ("q, k, v out of order", wrong_qkv_order)):
+    activation = wrong_activation if bundle.target == "cpu" else relu_activation
+    for name, change in (("wrong activation", activation), ("q, k, v out of order", wrong_qkv_order)):
         wrong = change(model)
         if wrong is None:
             expected = tuple(gate.id for gate in judged)

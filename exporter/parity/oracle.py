@@ -63,7 +63,8 @@ class Oracle:
     """
 
     def __init__(self, base: Checkpoint, adapters: Sequence[tuple[Path, float]], onto: Onto = "original") -> None:
-        self.base, self.onto = base, onto
+        self.base = base
+        self.onto: Onto = onto
         self.weights = tuple(weight for _, weight in adapters)
         opened = [open_adapter(directory) for directory, _ in adapters]
         _refuse_unverifiable(opened, self.weights)

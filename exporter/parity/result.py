@@ -127,6 +127,7 @@ class MergeBases:
 
     bases: tuple[MergeBase, ...]
     tensors: tuple[CodesError, ...]
+    stages: tuple[Stage, ...] = ()  # T -> D -> R: what 8 bits do to the weights, and then to the activations
 
 
 @dataclass(frozen=True, slots=True)

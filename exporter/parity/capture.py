@@ -15,7 +15,7 @@ from exporter.parity.reference import capture_store, read_capture
 from exporter.parity.scoring import LogitStore
 from exporter.progress import SILENT, Progress
 from exporter.prompts import TEMPLATES
-from exporter.sources.unchanged import require_unchanged, watch
+from exporter.sources.unchanged import require_unchanged, watch_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def capture(
     path = Path(out)
     _refuse_foreign_file(path)
     resolved, weighted = resolve_pair(base, adapter, weight, progress)
-    watched = watch(file for source in (resolved, *(one for one, _ in weighted)) for file in source.glob("*"))
+    watched = watch_all([resolved, *(source for source, _ in weighted)])
     with (
         removed_if_empty(path.parent),
         lock_directory(path.parent),  # before the work: a second process would write under the same partial name

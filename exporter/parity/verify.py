@@ -37,7 +37,7 @@ from exporter.parity.scoring import LogitStore, Scorer
 from exporter.parity.scratch import open_scratch
 from exporter.parity.separate import find_adapter, with_adapters
 from exporter.progress import SILENT, Progress
-from exporter.sources.unchanged import require_unchanged, watch
+from exporter.sources.unchanged import require_unchanged, watch_all
 
 
 def verify(
@@ -72,8 +72,7 @@ def verify(
     if not directories:
         raise UsageError("no bundle is given", expected="at least one directory with an ONNX graph")
     resolved, weighted = resolve_pair(base, adapter, weight, progress)
-    sources = [resolved, *(source for source, _ in weighted), *directories]
-    watched = watch(file for source in sources for file in source.glob("*"))
+    watched = watch_all([resolved, *(source for source, _ in weighted), *directories])
     pair = open_pair(resolved, weighted, progress)
     opened = [open_bundle(directory, progress) for directory in directories]
     adapters = [find_adapter(one, pair) for one in opened]

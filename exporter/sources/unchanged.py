@@ -13,6 +13,12 @@ def watch(files: Iterable[Path]) -> dict[Path, Stamp | None]:
     return {path: _stamp(path) for path in dict.fromkeys(files)}
 
 
+def watch_all(directories: Iterable[Path]) -> dict[Path, Stamp | None]:
+    """`watch` for every visible file that stands in the directories."""
+    found = [path for directory in directories for path in directory.glob("[!.]*")]
+    return watch(path for path in found if path.is_file())
+
+
 def require_unchanged(watched: Mapping[Path, Stamp | None]) -> None:
     """InputRefused if a file is not the one that it was when it was watched first."""
     for path, before in watched.items():

@@ -87,7 +87,7 @@ def verify(
     oracle.release()
     with open_scratch(Path(scratch) if scratch else None, _facts(pair, tokens, onto)) as directory:
         store = LogitStore(directory, documents, pair.vocabulary)
-        _announce(store, len(opened), progress)
+        _announce(store, str(reference), opened, progress)
         source = _score_references(pair, store, str(reference), tokens, progress, onto, memory)
         common = common_pairs(store, source, progress)
         run = Run(pair, oracle, documents, store, source, common, load_thresholds(), level, progress, memory)
@@ -133,10 +133,12 @@ def _facts(pair: Pair, tokens: str, onto: Onto) -> dict[str, Any]:
     }
 
 
-def _announce(store: LogitStore, bundles: int, progress: Progress) -> None:
-    """EnvironmentLacking where the disk has no room for the logits: R, T, M32, B, and F, O, O1 of one bundle."""
-    needed = store.nbytes * (7 if bundles else 4)
-    require_free_space(store.directory, needed, "the logits of all models")
+def _announce(store: LogitStore, reference: str, bundles: Sequence[Bundle], progress: Progress) -> None:
+    """EnvironmentLacking where the disk has no room for the logits of T, M32, B, R, and of one bundle's F, O and O1."""
+    of_bundle = max(2 if one.format == "float" else 3 for one in bundles)
+    needed = store.nbytes * (3 + (reference == "int8") + of_bundle)
+    kept = sum(path.stat().st_size for path in store.directory.rglob("*") if path.is_file())
+    require_free_space(store.directory, max(0, needed - kept), "the logits of all models")
     progress.note(f"up to {human_bytes(needed)} of logits in {store.directory}, removed when the run is done")
 
 

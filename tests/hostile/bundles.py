@@ -17,7 +17,7 @@ from tests.hostile.safetensors_headers import join, split
 
 NATIVE, INT8, SEPARATE = "export-native-cpu", "export-int8-cpu", "export-native-cpu"
 NAN = float("nan")
-READERS = ("generate", "verify", "verify-manifest", "unmerge", "export merged")
+READERS = ("generate", "serve", "verify", "verify-manifest", "unmerge", "export merged")
 
 
 def manifest(change: Callable[[Any], Any]) -> Callable[[Tree], object]:
@@ -340,14 +340,18 @@ def genai(value: Any) -> Callable[[Tree], object]:
 CASES = [
     *(Case(f"manifest: {name}", manifest(change), commands) for name, (change, commands) in MANIFESTS.items()),
     *(Case(f"manifest: {name}", manifest_bytes(data), READERS) for name, data in MANIFEST_BYTES.items()),
-    *(Case(f"graph: {name}", graph(change), ("generate prompt", "verify")) for name, change in GRAPHS.items()),
-    *(Case(f"graph: {name}", graph_bytes(make), ("generate prompt", "verify")) for name, make in GRAPH_BYTES.items()),
+    *(Case(f"graph: {name}", graph(change), ("generate prompt", "serve", "verify"))
+      for name, change in GRAPHS.items()),
+    *(Case(f"graph: {name}", graph_bytes(make), ("generate prompt", "verify"))
+      for name, make in GRAPH_BYTES.items()),
     *(Case(f"weights: {name}", weights(change), ("generate int8", "verify int8")) for name, change in NAMES.items()),
-    *(Case(f"adapter at run time: {name}", runtime_adapter(make), ("generate separate",)) for name, make in RUNTIME.items()),
+    *(Case(f"adapter at run time: {name}", runtime_adapter(make), ("generate separate",))
+      for name, make in RUNTIME.items()),
     Case("adapter at run time: other factors", runtime_adapter(other_factors), ("generate separate",), codes=(0, 1, 4)),
     *(Case(f"adapter at run time: {name}", adapter_name(change), ("generate separate",))
       for name, change in ADAPTER_LISTS.items()),
-    Case("adapter at run time: not the listed one", runtime_adapter(lambda data: data + b"x", listed=False), ("generate separate",)),
+    Case("adapter at run time: not the listed one", runtime_adapter(lambda data: data + b"x", listed=False),
+         ("generate separate",)),
     *(Case(f"genai_config: {name}", genai(value), ("verify-manifest", "verify"))
-      for name, value in {"a list": [], "another graph": {"model": {"decoder": {"filename": "/tmp/evil.onnx"}}}}.items()),
+      for name, value in {"a list": [], "another graph": {"model": {"decoder": {"filename": "/evil.onnx"}}}}.items()),
 ]  # fmt: skip

@@ -30,10 +30,9 @@ RENDERER = ["-P", "-m", "exporter.templates"]  # our own process, which renders 
 CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
 ROOT = Path(__file__).parents[2]
 # Where the interpreter, its packages and the system's own tables lie.
-READABLE = tuple(
-    os.path.realpath(place)
-    for place in (sys.prefix, sys.base_prefix, ROOT, Path(transformers.__file__).parents[1], "/usr", "/lib")
-) + ("/proc", "/sys", "/dev/null", "/dev/urandom", "/etc/localtime", "/etc/mime.types")
+PLACES = (sys.prefix, sys.base_prefix, ROOT, Path(transformers.__file__).parents[1], "/usr", "/lib")
+TABLES = ("/proc", "/sys", "/dev/null", "/dev/urandom", "/etc/localtime", "/etc/mime.types")
+READABLE = (*(os.path.realpath(place) for place in PLACES), *TABLES)
 
 
 class TooLate(BaseException):

@@ -43,6 +43,14 @@ def shard_is(name: Any) -> Callable[[Tree], object]:
     return damage
 
 
+def index_file(data: bytes) -> Callable[[Tree], object]:
+    def damage(tree: Tree) -> None:
+        as_bin(tree.base, shards=2)
+        (tree.base / INDEX).write_bytes(data)
+
+    return damage
+
+
 def written(place: str, data: bytes) -> Callable[[Tree], object]:
     return lambda tree: (tree.root / place).write_bytes(data)
 
@@ -208,8 +216,7 @@ CASES = [
     *(Case(f"index: {name}", shard_is(shard), ("inspect", "export")) for name, shard in SHARDS.items()),
     *(Case(f"index: {name}", sharded(change), ("inspect", "merge")) for name, change in INDEXES.items()),
     *(
-        Case(f"index file: {name}", lambda tree, data=data: (as_bin(tree.base, shards=2), written(f"base/{INDEX}", data)(tree)),
-             ("inspect",))
+        Case(f"index file: {name}", index_file(data), ("inspect",))
         for name, data in JSON.items()
     ),
 ]  # fmt: skip

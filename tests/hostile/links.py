@@ -92,10 +92,11 @@ CASES = [
     ),
     *(
         Case(f"link: merged/{name}", link(f"merged/{name}"),
-             ("generate", "export merged", "verify", "verify-manifest", "unmerge"), says=OUTWARD)
+             ("generate", "serve", "export merged", "verify", "verify-manifest", "unmerge"), says=OUTWARD)
         for name in BUNDLE
     ),
-    Case("link: int8/weights.safetensors", link("int8/weights.safetensors"), ("generate int8", "verify int8"), says=OUTWARD),
+    Case("link: int8/weights.safetensors", link("int8/weights.safetensors"), ("generate int8", "verify int8"),
+         says=OUTWARD),
     Case("link: an adapter at run time", link("separate/adapter.onnx_adapter"), ("generate separate",), says=OUTWARD),
     Case("link: relative", link("base/config.json", relative=True), PAIR, says=OUTWARD),
     Case("link: by way of a link", chain("base/chat_template.jinja"), PAIR, says=OUTWARD),

@@ -71,6 +71,7 @@ class Tree:
             "generate prompt": ["generate", self.merged, "--prompt", "Hi", *ask],
             "generate int8": ["generate", self.int8, "--prompt", "Hi", *ask],
             "generate separate": ["generate", self.separate, "--prompt", "Hi", "--adapter", "adapter", *ask],
+            "serve": ["serve", self.merged, "--port", 0],
             "run": ["run", self.root / "spec.toml"],
         }
 

@@ -65,7 +65,8 @@ PROGRAMS: dict[str, bytes] = {
     "PERSID": b"Pstorage\n",
     "BINPERSID of text": text(b"storage") + b"Q",
     "BINPERSID of a payload": SHELL + b"Q",
-    "BINPERSID of a type that is none": b"(" + text(b"storage") + b"cos\nsystem\n" + text(b"0") + text(b"cpu") + b"K\x04tQ",
+    "BINPERSID of a type that is none": b"(" + text(b"storage") + b"cos\nsystem\n" + text(b"0") + text(b"cpu")
+    + b"K\x04tQ",
     "a bytearray of 100 GB": call(b"builtins", b"bytearray", b"\x8a\x05" + (10**11).to_bytes(5, "little")),
     "bytes of 4 GB announced": b"B\xff\xff\xff\xff",
     "BYTEARRAY8 of 2**60 bytes": b"\x80\x05\x96" + struct.pack("<Q", 1 << 60),
@@ -92,7 +93,8 @@ PROGRAMS: dict[str, bytes] = {
     "GLOBAL without a name": b"c\n\n",
     "GLOBAL of bytes that are not ASCII": b"c\xff\xfe\n\xff\n",
     "a number of a million digits": b"I" + b"9" * 1_000_000 + b"\n",
-    "an optimizer": b"}(" + text(b"state") + b"}" + text(b"param_groups") + b"]}" + text(b"lr") + b"G?PbM\xd2\xf1\xa9\xfcsau",
+    "an optimizer": b"}(" + text(b"state") + b"}" + text(b"param_groups") + b"]}" + text(b"lr")
+    + b"G?PbM\xd2\xf1\xa9\xfcsau",
     "a tensor without a storage": b"ctorch._utils\n_rebuild_tensor_v2\n(NK\x00K\x01\x85K\x01\x85\x89NtR",
     "a state dict of numbers": b"}" + text(b"transformer.wte.weight") + b"K\x01s",
     "a state dict of lists": b"}" + text(b"transformer.wte.weight") + b"]s",

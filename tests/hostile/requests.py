@@ -1,5 +1,6 @@
 """What the user hands over beside models: specs, prompts, captured references."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -103,6 +104,11 @@ def fact(key: str, value: str) -> Change:
     return lambda _, metadata: metadata.update({key: value})
 
 
+def facts(**changes: Any) -> Change:
+    values = {"base_files": {}, "adapter_files": {}, "vocabulary": 1, "environment": {}} | changes
+    return fact("facts", json.dumps(values))
+
+
 REFERENCES: dict[str, Change] = {
     "ids beyond the vocabulary": tensor("ids", lambda ids: ids + 10**6),
     "ids below zero": tensor("ids", lambda ids: ids - 10**6),
@@ -122,9 +128,9 @@ REFERENCES: dict[str, Change] = {
     "facts that are no JSON": fact("facts", "x"),
     "facts that are a list": fact("facts", "[]"),
     "facts that nest": fact("facts", "[" * 100_000),
-    "files that are a list": fact("facts", '{"base_files": [], "adapter_files": {}, "vocabulary": 1, "environment": {}}'),
-    "files that are numbers": fact("facts", '{"base_files": {"a": 1}, "adapter_files": {"a": "b"}, "vocabulary": 1, "environment": {}}'),
-    "a vocabulary of text": fact("facts", '{"base_files": {}, "adapter_files": {}, "vocabulary": "x", "environment": {}}'),
+    "files that are a list": facts(base_files=[]),
+    "files that are numbers": facts(base_files={"a": 1}),
+    "a vocabulary of text": facts(vocabulary="x"),
     "other tokens": fact("tokens_sha256", "0" * 64),
     "no facts": lambda _, metadata: metadata.pop("facts"),
 }  # fmt: skip

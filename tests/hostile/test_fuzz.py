@@ -155,9 +155,7 @@ def test_json_text(data: bytes) -> None:
 
 
 CODES = b"\x80(.0123FIJKLMNSTUVXabcdeghijlopqrstu}]\x85\x86\x87\x93R"
-OPCODES = st.sampled_from(
-    [bytes([code]) for code in CODES]
-)
+OPCODES = st.sampled_from([bytes([code]) for code in CODES])
 ORDERED_DICT = b"ccollections\nOrderedDict\n"
 PARTS = st.one_of(
     OPCODES,

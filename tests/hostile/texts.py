@@ -39,7 +39,8 @@ EXHAUSTING = {
     "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
     "{% endfor %}{% endfor %}{% endfor %}",
     "a text of 10 GB": "{{ 'x' * 10**10 }}",
-    "a text that doubles": "{% set n = namespace(x='x') %}{% for i in range(64) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "a text that doubles": "{% set n = namespace(x='x') %}{% for i in range(64) %}{% set n.x = n.x ~ n.x %}"
+    "{% endfor %}",
     "a list of 10**10": "{{ [0] * 10**10 }}",
     "a width of 10**10": "{{ 'x'|center(10**10) }}",
     "a format of 10**10": "{{ '%010000000000d' % 1 }}",
@@ -147,7 +148,8 @@ INSTRUCT = ("generate",)
 CASES = [
     # Some render as nothing, which is a prompt of no tokens.
     *(Case(f"template escapes: {name}", template(text), INSTRUCT, codes=(0, 2, 4)) for name, text in ESCAPES.items()),
-    *(Case(f"template exhausts: {name}", template(text), INSTRUCT, says="chat template") for name, text in EXHAUSTING.items()),
+    *(Case(f"template exhausts: {name}", template(text), INSTRUCT, says="chat template")
+      for name, text in EXHAUSTING.items()),
     *(Case(f"template: {name}", template(text), INSTRUCT, says="chat template") for name, text in QUICK.items()),
     Case("template: bytes", lambda tree: (tree.merged / "chat_template.jinja").write_bytes(b"\xff\xfe"), INSTRUCT),
     *(

@@ -11,7 +11,7 @@ TESTS ?= tests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-latest faults full-size lint format clean fuzz sbom audit
+.PHONY: help setup demo test test-slow test-latest calibrate coverage faults full-size lint format clean fuzz sbom audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,8 +38,19 @@ demo: setup ## the whole path on the packaged pair: merge, export, verify
 test: setup ## the tests (TESTS=tests/merge for a part)
 	$(VENV)/bin/python -m pytest -m "not slow" $(TESTS)
 
+test-slow: setup ## the tests that take minutes
+	$(VENV)/bin/python -m pytest -m slow $(TESTS)
+
 test-latest: $(LATEST_STAMP) ## the same tests on the newest transformers
 	$(LATEST)/bin/python -m pytest -m "not slow" $(TESTS)
+
+BUNDLES ?= artifacts/demo/merged artifacts/demo/int8
+
+calibrate: setup ## how near each gate of verify comes to its limit, on both halves of the prompts (BUNDLES=...)
+	$(VENV)/bin/python benchmarks/calibrate.py $(BUNDLES)
+
+coverage: setup ## how often the intervals of verify hold, by simulation
+	$(VENV)/bin/python benchmarks/coverage.py
 
 faults: setup ## every fault against every command; the matrix in build/fault-matrix.md
 	$(VENV)/bin/python -m pytest tests/faults

@@ -11,8 +11,20 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from exporter.files import sha256_file
 from exporter.graph import export
 from exporter.merging.merge import merge
+from exporter.parity.bundle_check import Run
+from exporter.parity.documents import tokens_sha256
+from exporter.parity.gates import load_thresholds
+from exporter.parity.inputs import make_documents, open_pair
+from exporter.parity.oracle import Oracle
+from exporter.parity.pairs import common_pairs
+from exporter.parity.scoring import LogitStore
+from exporter.parity.verify import _score_references
+from exporter.progress import SILENT
+from exporter.prompts import ALPACA
+from exporter.sources.safetensors_file import read_header
 
 PROMPTS = Path(__file__).parents[2] / "exporter" / "parity" / "prompts" / "alpaca.jsonl"
 VOCABULARY = 480
@@ -81,6 +93,48 @@ def write_adapter(directory: Path, model: GPT2LMHeadModel, *, r: int = 4, std: f
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=std)
     peft.save_pretrained(str(directory))
+
+
+def score_pair(made: Made, directory: Path) -> Run:
+    """What `verify` shares between bundles: the references, scored once for all tests that damage a bundle."""
+    pair = open_pair(made.base, [(made.adapter, 1.0)])
+    documents, _ = make_documents(pair, made.prompts, "commit", ALPACA)
+    store = LogitStore(directory, documents, pair.vocabulary)
+    reference = _score_references(pair, store, "int8", tokens_sha256(documents), SILENT)
+    common = common_pairs(store, reference)
+    return Run(
+        pair, Oracle(pair.base, pair.weighted), documents, store, reference, common, load_thresholds(), "commit", SILENT
+    )
+
+
+@pytest.fixture(scope="session")
+def scored(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return score_pair(made, tmp_path_factory.mktemp("scored"))
+
+
+def replace_tensors(directory: Path, file: str, values: dict[str, torch.Tensor], *, update: bool = True) -> None:
+    """Put other bytes into the place of tensors, and, as an attacker would, their file's hash into the manifest."""
+    path = directory / file
+    data = bytearray(path.read_bytes())
+    for name, info in read_header(path)[0].items():
+        if name in values:
+            raw = values[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            assert len(raw) == info.nbytes
+            data[info.offset : info.offset + info.nbytes] = raw
+    path.write_bytes(data)
+    if update:
+        update_manifest(directory, file)
+
+
+def update_manifest(directory: Path, *files: str) -> None:
+    """Make the manifest say what the files are now."""
+    manifest = json.loads((directory / "exporter.json").read_text())
+    for section in manifest["stages"].values():
+        for name in files:
+            if name in section.get("files", {}):
+                section["files"][name]["sha256"] = sha256_file(directory / name)
+                section["files"][name]["size"] = (directory / name).stat().st_size
+    (directory / "exporter.json").write_text(json.dumps(manifest))
 
 
 @pytest.fixture(scope="session")

@@ -52,7 +52,6 @@ def test_every_option_is_described_and_no_other() -> None:
     command = get_command(app).commands["serve"]  # pyright: ignore[reportAttributeAccessIssue]
     known = {name for parameter in command.params for name in parameter.opts if name.startswith("--")}
     table = TEXT.partition("## Options")[2].partition("##")[0]
-    assert set(re.findall(r"^\| (.*?) \|", table, re.M)) - {"option", "---"}
     described = set(
         re.findall(r"--[a-z-]+", "\n".join(line.split("|")[1] for line in table.splitlines() if "|" in line))
     )

@@ -145,6 +145,8 @@ def make_documents(
     notes = []
     if template is None and any(row.instruction for row in rows):
         notes.append("no chat template: instructions were fed plainly, as instruction, blank line, input")
+    if len(documents) < len(rows):
+        notes.append(f"{len(rows) - len(documents)} of {len(rows)} prompts have no second token and were not scored")
     cut = sum(document.truncated for document in documents)
     if cut:
         notes.append(f"{cut} of {len(documents)} documents were cut at the context of {pair.context} tokens")

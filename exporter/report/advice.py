@@ -22,6 +22,7 @@ FAILED = {
     "padding": "Padding changes the answers. Export again; if it stays, report it.",
     "finite": "NaN or infinity in the logits: half precision overflows, or a weight is damaged.",
     "evidence.distinct": "A model was compared with itself. Pass the merged bundle, not the base or the reference.",
+    "evidence.apart": "The reference is the model it is compared with. Capture the unmerged 8-bit model.",
     "evidence.count": "Not every token was compared: report it.",
 }
 UNSURE_WEIGHTS = "This format rounds too coarsely to tell the adapter from nothing. Use a wider precision."

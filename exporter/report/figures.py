@@ -40,9 +40,10 @@ STATISTICS = {
     "names": "missing or foreign tensors",
     "missing": "positions not compared",
     "equal": "equal logits where they must differ",
+    "same": "a reference that is the model itself",
 }
 
-EXACT = ("finite", "evidence.count", "evidence.distinct")  # counted, not listed, where they passed
+EXACT = ("finite", "evidence.count", "evidence.distinct", "evidence.apart")  # counted, not listed, where they passed
 STEPS = {
     "T -> M32": "PEFT's merge",
     "M32 -> F": "the stored weights",

@@ -63,8 +63,9 @@ def _onto_drawings(bases: MergeBases) -> list[Drawing]:
 
 
 def visible(text: str) -> str:
-    """A token as it can be seen: line ends and tabs as signs."""
-    return text.replace("\n", "⏎").replace("\t", "⇥")
+    """A token as it can be seen: line ends and tabs as signs, what has no sign (or turns the text around) by number."""
+    text = text.replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(one if one.isprintable() else f"\\u{ord(one):04x}" for one in text)
 
 
 def _drawings(bundle: BundleResult) -> list[Drawing]:

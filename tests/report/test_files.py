@@ -11,13 +11,13 @@ import pytest
 from jsonschema import Draft202012Validator
 
 import exporter
-from exporter import cli
+from exporter import cli, parity
 from exporter.errors import EnvironmentLacking, InputRefused, UsageError
 from exporter.parity.gates import load_thresholds
 from exporter.parity.result import Verification
 from exporter.report import prepare_directory, write_report
 from exporter.report.advice import FOLLOWS, advice, steps
-from exporter.report.figures import beyond, bundle_names, figure, used
+from exporter.report.figures import STATISTICS, beyond, bundle_names, figure, used
 from exporter.report.junit import junit_xml
 from exporter.report.markdown import markdown_summary
 from exporter.report.schema import PUBLISHED, adapter, text
@@ -177,9 +177,11 @@ def test_by_how_much(bound: str, estimate: float, limit: float, share: float | N
 
 
 def test_every_gate_says_what_to_do(passing: Verification) -> None:
-    known = [gate.id for gate in load_thresholds().gates]
-    known += [f"weights.{part}" for part in ("projection", "elements", "untouched", "step", "names", "onto")]
-    known += ["finite", "evidence.distinct", "evidence.count"]
+    sources = "".join(path.read_text() for path in Path(parity.__file__).parent.glob("*.py"))
+    known = re.findall(r'"((?:weights|evidence)\.[a-z]+)"', sources)
+    assert {"weights.projection", "weights.names", "evidence.distinct"} <= set(known)
+    known += [gate.id for gate in load_thresholds().gates] + ["finite"]
+    assert {gate.statistic for gate in load_thresholds().gates} <= set(STATISTICS)
     one = passing.bundles[0].gates[0]
     for name in known:
         assert advice(replace(one, gate=name, outcome="FAIL")).endswith(".")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from exporter.report.html import TEMPLATES, html_page
+from exporter.report.html import TEMPLATES, html_page, visible
 from tests.report.browser import CHROMIUM, Page, browser
 from tests.report.conftest import VERIFICATIONS
 
@@ -112,6 +112,10 @@ def test_texts_of_models_are_escaped() -> None:
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
     assert page.count('<p class="context">') == 40  # 20 worst tokens of each bundle
+
+
+def test_what_cannot_be_seen_is_shown_by_number() -> None:
+    assert visible("a\nb\tc \u202ed\x07é🙂") == "a⏎b⇥c \\u202ed\\u0007é🙂"
 
 
 def test_plots_take_their_colours_from_the_page() -> None:

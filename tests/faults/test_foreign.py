@@ -1,4 +1,4 @@
-"""What somebody else put into an output directory is left alone, and what an interrupted command left is no obstacle."""
+"""What somebody else put into an output directory is left alone; what an interrupted command left is no obstacle."""
 
 import shutil
 from pathlib import Path

@@ -10,7 +10,7 @@ from exporter.parity.graph_ranges import graph_nbytes
 from exporter.parity.graph_states import find_boundaries, read_states
 from exporter.parity.graphs import full_precision
 from exporter.parity.layers import compare_layers, graph_errors
-from exporter.parity.result import Layer
+from exporter.parity.result import Layer, number
 from exporter.progress import SILENT, Progress
 from exporter.runtime.memory import free_memory
 
@@ -43,4 +43,4 @@ def layer_errors(
         return tuple(layers), "the graph was not compared by layer: it names no tensors between blocks"
     states = read_states(graph, bundle.directory, bundle.target, boundaries, rows)
     errors = graph_errors(theirs, states, rows)
-    return tuple(replace(layer, graph=error) for layer, error in zip(layers, errors, strict=True)), ""
+    return tuple(replace(layer, graph=number(error)) for layer, error in zip(layers, errors, strict=True)), ""

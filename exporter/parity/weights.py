@@ -137,7 +137,7 @@ def check_weights(bundle: Bundle, oracle: Oracle, limits: ProjectionLimits) -> W
             outcomes["step"].append((adapted.name, "PASS" if within_step(weight, stored, adapted.merged) else "FAIL"))
         else:
             outcomes["elements"].append((adapted.name, _elements_outcome(weight, stored, adapted, oracle)))
-            near |= {adapted.name} if is_near(stored, adapted.merged, weight.dtype) else set()
+            near |= {adapted.name} if is_near(stored, adapted, weight.dtype) else set()
     untouched = _check_untouched(weights, oracle)
     outcomes["step"] += [entry for entry in untouched if isinstance(weights[entry[0]], Quantized)]
     same = [entry for entry in untouched if not isinstance(weights[entry[0]], Quantized)]
@@ -160,10 +160,11 @@ def check_weights(bundle: Bundle, oracle: Oracle, limits: ProjectionLimits) -> W
     return WeightChecks([gate for gate in gates if gate is not None], projections, faults)
 
 
-def is_near(stored: Float, wanted: Float, dtype: str) -> bool:
-    """No element is further off than four units in the last place of `dtype`: an error of rounding, not of merging."""
+def is_near(stored: Float, adapted: Adapted, dtype: str) -> bool:
+    """No element is further off than a few roundings of W, the change or their sum: not an error of merging."""
     unit = float(ml_dtypes.finfo(NUMPY[dtype]).eps)
-    return bool((np.abs(stored - wanted) <= 4 * unit * np.abs(wanted)).all())
+    size = np.maximum(np.abs(adapted.merged), np.abs(adapted.delta))
+    return bool((np.abs(stored - adapted.merged) <= 2 * unit * size).all())
 
 
 def is_projected(weight: Weight, adapted: Adapted) -> bool:

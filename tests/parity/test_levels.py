@@ -2,8 +2,8 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from transformers import GPT2LMHeadModel
@@ -21,6 +21,7 @@ from exporter.parity.inputs import make_documents, open_pair
 from exporter.parity.mutants import graph_mutants, merge_mutants
 from exporter.parity.oracle import Oracle
 from exporter.parity.result import Mutant
+from exporter.parity.scoring import LogitStore
 from exporter.progress import SILENT
 from exporter.prompts import ALPACA
 from tests.parity.conftest import PROMPTS, write_adapter, write_base
@@ -49,15 +50,15 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return directories | {"base": root / "base", "adapter": root / "adapter"}
 
 
-def mutants_of(bundle: Bundle, base: Path, adapter: Path) -> list[Mutant]:
+def mutants_of(bundle: Bundle, base: Path, adapter: Path, scratch: Path) -> list[Mutant]:
     """The mutants of one bundle, which need no reference."""
     pair = open_pair(base, [(adapter, 1.0)])
     oracle = Oracle(pair.base, pair.weighted, bundle.onto)
     documents, _ = make_documents(pair, PROMPTS, "commit", ALPACA)
-    nothing: object = None
-    run = Run(pair, oracle, documents, nothing, nothing, nothing, load_thresholds(), "commit", SILENT)  # type: ignore[arg-type]
+    store, none = LogitStore(scratch, documents, pair.vocabulary), cast(Any, None)
+    run = Run(pair, oracle, documents, store, none, none, load_thresholds(), "commit", SILENT, "whole")
     gates = [g for g in run.thresholds.gates if bundle.format in g.formats and bundle.target in g.targets]
-    subject = _subject(replace(run, memory="whole"), bundle)
+    subject = _subject(run, bundle)
     return [*merge_mutants(bundle, oracle, run.thresholds.projection), *graph_mutants(subject, gates)]
 
 
@@ -70,7 +71,9 @@ def assert_all_dead(mutants: Sequence[Mutant], spared: set[str]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_mutant_of_a_deep_model_dies(kind: str, deep: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_mutant_of_a_deep_model_dies(
+    kind: str, deep: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A cuda graph, in float16, runs here on a CPU: what is asked is whether its gates see a wrong graph."""
     spared = {"transposed"}
     if "cuda" in kind:
@@ -80,7 +83,7 @@ def test_every_mutant_of_a_deep_model_dies(kind: str, deep: dict[str, Path], mon
         spared |= {"padding not masked"}
     bundle = open_bundle(deep[kind])
     assert bundle.target == ("cuda" if "cuda" in kind else "cpu")
-    found = mutants_of(bundle, deep["base"], deep["adapter"])
+    found = mutants_of(bundle, deep["base"], deep["adapter"], tmp_path)
     assert len(found) >= 16
     assert_all_dead(found, spared)
 

@@ -115,7 +115,7 @@ def test_two_layers_swapped(copy: Path, scored: Run) -> None:
     update_manifest(copy, "model.safetensors")
     found = verify_bundle(scored, open_bundle(copy))
     assert found.verdict == "FAIL"
-    assert {"weights.elements", "weights.projection"} <= failed(found)
+    assert "weights.elements" in failed(found)
     assert found.origin is not None
     assert set(found.origin.parts) == {"block 0", "block 2"}
 
@@ -193,7 +193,7 @@ def test_a_capture_that_was_not_made_from_the_8_bit_model(source: str, made: Mad
     """It bears the right hashes: base, adapter and tokens are what `capture` would write."""
     from exporter.parity.bundle_check import _runner
 
-    store = LogitStore(tmp_path / "store", scored.documents, scored.pair.vocabulary)
+    store = LogitStore(tmp_path, scored.documents, scored.pair.vocabulary)
     model = _runner(open_bundle(made.merged)) if source == "the bundle" else Recorded(scored.store, "T")
     store.score("R", model)
     capture_store(

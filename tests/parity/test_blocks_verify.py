@@ -37,7 +37,7 @@ verify(base=base, adapter=adapter, bundle=bundle, prompts=prompts, scratch=scrat
 """
 
 PEAK = """
-import resource, sys
+import sys
 from pathlib import Path
 from exporter.parity.bases import BaseOptions
 from exporter.parity.blocks_scoring import sweep
@@ -46,16 +46,20 @@ from exporter.parity.models import TruthModels
 from exporter.sources.checkpoint import open_checkpoint
 from tests.parity.test_blocks import documents
 
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+
 kind, base, adapter, states = sys.argv[1:]
 base, adapters = open_checkpoint(Path(base)), [(Path(adapter), 1.0)]
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 if kind == "whole":
     model = TruthModels(base, adapters).truth()
     for one in documents():
         model.logits(one.tokens)
 else:
     sweep(truth_blocks(base, adapters, BaseOptions()), documents(), Path(states), "T")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
 
 
@@ -132,7 +136,7 @@ def test_block_by_block_takes_a_fraction_of_the_models_memory(tmp_path: Path) ->
         n_embd=1024, n_layer=8, n_head=8, n_positions=64, vocab_size=257, bos_token_id=256, eos_token_id=256
     )
     pair = make_pair(tmp_path, config)
-    size = 4 * 12 * 1024**2 * 8 / 1024  # kilobytes, as getrusage counts
+    size = 4 * 12 * 1024**2 * 8 / 1024  # kilobytes, as /proc counts
     peaks = {}
     for kind in ("whole", "blocks"):
         done = python(PEAK, kind, pair.base, pair.adapter, tmp_path / "states")

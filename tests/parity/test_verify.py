@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from exporter.errors import EnvironmentLacking, InputRefused
 from exporter.graph import export
-from exporter.parity import bundle_check, models
+from exporter.parity import bundle_check, memory, models
 from exporter.parity.bundle_check import Run, verify_bundle
 from exporter.parity.bundles import open_bundle
 from exporter.parity.capture import capture
@@ -22,9 +22,9 @@ from exporter.parity.inputs import make_documents, open_pair
 from exporter.parity.oracle import Oracle
 from exporter.parity.pairs import common_pairs
 from exporter.parity.result import BundleResult, Verification
-from exporter.parity.scoring import LogitStore
+from exporter.parity.scoring import LogitStore, Scorer
 from exporter.parity.verify import _score_references, verify
-from exporter.progress import SILENT
+from exporter.progress import SILENT, Progress
 from exporter.prompts import ALPACA
 from exporter.sources.safetensors_file import read_header
 from tests.parity.conftest import Made, write_adapter, write_base
@@ -213,9 +213,11 @@ def test_a_model_compared_with_itself_is_no_evidence(run: Run, made: Made, monke
             return logits
 
     real = run.store.score
-    monkeypatch.setattr(
-        run.store, "score", lambda model, scorer, p=SILENT: real(model, Echo(run.store) if model == "O" else scorer, p)
-    )
+
+    def echoing(model: str, scorer: Scorer, progress: Progress = SILENT, content: str = "") -> None:
+        real(model, Echo(run.store) if model == "O" else scorer, progress, content)
+
+    monkeypatch.setattr(run.store, "score", echoing)
     found = verify_bundle(run, open_bundle(made.merged))
     assert ("evidence.distinct", "FAIL") in {(g.gate, g.outcome) for g in found.gates if g.pair == "R-O"}
     assert found.verdict == "FAIL"
@@ -283,11 +285,7 @@ def test_missing_bitsandbytes_names_the_extra(made: Made, monkeypatch: pytest.Mo
 
 def test_too_little_memory_is_said_before_loading(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = open_pair(made.base, [(made.adapter, 1.0)])
-
-    class Full:
-        available = 1000
-
-    monkeypatch.setattr(models.psutil, "virtual_memory", lambda: Full)
+    monkeypatch.setattr(memory, "free_memory", lambda provider: 1000)
     with pytest.raises(EnvironmentLacking, match="memory"):
         models.TruthModels(pair.base, pair.weighted)
 

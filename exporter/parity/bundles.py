@@ -1,5 +1,7 @@
 """An ONNX bundle as verify sees it: files hashed against its manifest, and the weights that its graph points at."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from exporter.progress import SILENT, Progress
 from exporter.sources.own_files import require_own_files
 from exporter.sources.tensors import FLOATS, TensorInfo, read_tensor
 
+CONFIG = "config.json"
 GRAPHS = ("model.onnx", "model_cuda.onnx")
 
 
@@ -53,6 +56,13 @@ class Bundle:
             if initializer.name in factors:
                 initializer.CopyFrom(onnx.numpy_helper.from_array(factors[initializer.name], initializer.name))
         return model
+
+    @property
+    def content(self) -> str:
+        """A digest of everything that its logits depend on."""
+        files = self.hashes | {CONFIG: sha256_file(self.directory / CONFIG)}
+        facts = [self.graph.name, self.target, self.adapter.name if self.adapter else None, files]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def values(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every floating-point tensor by its checkpoint name, in float32 and the checkpoint's orientation."""

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -192,7 +193,7 @@ def _put_in(fault: Fault, counts: _Counts) -> None:
         now = iter(range(2_000_000_000, 0, -86_400))
         time.time = lambda: float(next(now))
     if fault.scratch:
-        os.environ["TMPDIR"] = fault.scratch
+        tempfile.tempdir = fault.scratch
     if fault.memory:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + fault.memory, used + fault.memory))

@@ -150,13 +150,13 @@ CONTENDERS = {
 }
 
 
-def make_peers(peers: Path, wheels: Path | None) -> dict[str, str]:
+def make_peers(peers: Path, wheels: Path | None, packages: Sequence[str] = PEERS) -> dict[str, str]:
     """Install what is missing. Why a package is not there, by its requirement; llama-cpp-python compiles for long."""
     python = peers / "bin/python"
     if not python.exists():
         venv.create(peers, with_pip=True)
     failures = {}
-    for package in PEERS:
+    for package in packages:
         found = [] if wheels is None else ["--find-links", wheels, "--prefer-binary"]
         try:
             run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *found, package])

@@ -147,7 +147,7 @@ def references(place: Place, job: Job) -> dict[str, dict[str, list[int]]]:
 
 def table(found: dict[str, Any]) -> str:
     lengths, rounds = [str(length) for length in found["lengths"]], found["rounds"]
-    roofline = max(found["bandwidths"])
+    roofline = statistics.median(found["bandwidths"])
     head = ["contender", *(f"decode at {n}: ms" for n in lengths), *(f"tokens/s at {n}" for n in lengths)]
     head += [*(f"of bandwidth at {n}" for n in lengths), *(f"prefill of {n}: tokens/s" for n in lengths)]
     head += ["load s", "peak GB", "read a token MB", "equal greedy tokens"]

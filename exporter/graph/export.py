@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from exporter.errors import InputRefused, UsageError
-from exporter.files import disk_errors, lock_directory, removed_if_empty, write_atomically
+from exporter.files import disk_errors, human_bytes, lock_directory, removed_if_empty, write_atomically
 from exporter.graph.adapters import (
     SUFFIX,
     TEMPLATE_SUFFIX,
@@ -18,7 +18,16 @@ from exporter.graph.adapters import (
 )
 from exporter.graph.architectures import build_model, read_decoder
 from exporter.graph.builder import OPSET, exporter_version, is_ours, serialize
-from exporter.graph.bundle import GRAPHS, STAGE, Bundle, bundle_name, bundles_in, describe_known, known_sha256
+from exporter.graph.bundle import (
+    GRAPHS,
+    STAGE,
+    Bundle,
+    bundle_name,
+    bundles_in,
+    describe_known,
+    describe_unread,
+    known_sha256,
+)
 from exporter.graph.decoder import MATRICES, Decoder, decoder_weights
 from exporter.graph.finite import require_finite
 from exporter.graph.genai_config import genai_config
@@ -36,6 +45,8 @@ BUILDERS = ("native", "optimum")
 GENAI_CONFIG = "genai_config.json"
 # MatMulNBits quantizes its activations to int8 at level 4; without it 4-bit decoding on a CPU is about 2.3x slower.
 ACCURACY_LEVEL = {"cpu": 4, "cuda": 0}
+# Bytes of unhashed weights that a native export still reads: about a second.
+READ_AT_ONCE = 2 << 30
 # What makes a bundle complete alone: copied byte for byte where the checkpoint has it.
 COMPANIONS = (
     "config.json",
@@ -153,7 +164,7 @@ def _export_one(
     progress: Progress,
 ) -> Bundle:
     if precision == "native" and can_be_pointed_into(checkpoint):
-        return export_native(checkpoint.directory, target, force=force)
+        return export_native(checkpoint.directory, target, force=force, progress=progress)
     if precision == "native" and out is None:
         raise InputRefused(
             f"{checkpoint.files[0].name} in {checkpoint.directory} cannot be pointed into",
@@ -172,11 +183,17 @@ def can_be_pointed_into(checkpoint: Checkpoint) -> bool:
 
 
 def export_native(
-    checkpoint_dir: Path, target: str, *, adapters: Sequence[RuntimeAdapter] = (), force: bool = False
+    checkpoint_dir: Path,
+    target: str,
+    *,
+    adapters: Sequence[RuntimeAdapter] = (),
+    force: bool = False,
+    progress: Progress = SILENT,
 ) -> Bundle:
     """A graph in the checkpoint's directory over its own safetensors: no weight is copied or converted.
 
-    Files that no stage of ours has hashed are read once, for their hash and for values that are not finite.
+    Files that no stage of ours has hashed are read once, for their hash and for values that are not finite; beyond
+    READ_AT_ONCE they are not: their entries in the manifest have no hash, and a changed stamp is refused at load.
     """
     checkpoint = open_checkpoint(checkpoint_dir)
     decoder = read_decoder(checkpoint.config)
@@ -189,8 +206,15 @@ def export_native(
         _refuse_foreign_adapters(bundle, manifest, adapters, force=force)
         merged = _merge_outputs_hold(directory, manifest)
         unseen = [file for file in checkpoint.files if known_sha256(file, manifest) is None]
-        require_finite(info for info in checkpoint.tensors.values() if info.file in unseen)
-        weights = {file.name: describe_known(file, manifest) for file in checkpoint.files}
+        if (size := sum(file.stat().st_size for file in unseen)) > READ_AT_ONCE:
+            progress.note(
+                f"{human_bytes(size)} of weights are not read: the manifest records their sizes, times and headers, "
+                "but no hashes. `exporter verify` reads them; after copying the directory, export again"
+            )
+            weights = {file.name: describe_unread(file, manifest) for file in checkpoint.files}
+        else:
+            require_finite(info for info in checkpoint.tensors.values() if info.file in unseen)
+            weights = {file.name: describe_known(file, manifest) for file in checkpoint.files}
         require_unchanged(watched)
         _write_graph(bundle, decoder, checkpoint.tensors, checkpoint.config, adapters)
         facts = {"provenance": "merge" if merged else "unknown"} | adapter_facts(adapters)

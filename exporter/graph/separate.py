@@ -55,7 +55,7 @@ def export_separate(
     opened = [read_runtime_adapter(name, one, layout, decoder) for name, one in named.items()]
     in_place = os.path.realpath(out) == os.path.realpath(checkpoint.directory)
     if precision == "native" and in_place and can_be_pointed_into(checkpoint):
-        return export_native(checkpoint.directory, target, adapters=opened, force=force)
+        return export_native(checkpoint.directory, target, adapters=opened, force=force, progress=progress)
     if in_place:
         raise UsageError(
             f"{out} is the base's own directory, and a copy of its weights would stand beside them",

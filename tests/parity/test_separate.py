@@ -39,11 +39,10 @@ def halve(directory: Path) -> None:
     """Half of B in the adapter's file, and a manifest that is content with it."""
     path: Any = str(directory / "mine.onnx_adapter")
     found = ort.AdapterFormat.read_adapter(path).get_parameters()
-    arrays = {name: np.array(value.numpy()) * (0.5 if name.endswith("lora_B") else 1) for name, value in found.items()}
-    file = ort.AdapterFormat()
-    file.set_parameters(
-        {name: ort.OrtValue.ortvalue_from_numpy(array.astype(np.float32)) for name, array in arrays.items()}
-    )
+    half, one = np.float32(0.5), np.float32(1)
+    arrays = {name: value.numpy() * (half if name.endswith("lora_B") else one) for name, value in found.items()}
+    file = ort.AdapterFormat()  # its values are views of the arrays
+    file.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()})
     file.export_adapter(path)
     manifest = json.loads((directory / "exporter.json").read_text())
     files = manifest["stages"]["export-native-cpu"]["files"]

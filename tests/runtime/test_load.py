@@ -1,12 +1,15 @@
 """Loading: the right bundle, unchanged, on the provider asked for, and only if it fits into memory."""
 
 import shutil
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from exporter.errors import EnvironmentLacking, InputRefused
+from exporter.files import sha256_file
 from exporter.graph import export, open_bundle
 from exporter.runtime.load import load
 from exporter.runtime.memory import needed_memory
@@ -68,6 +71,32 @@ def test_a_copy_is_the_same_bundle(artifacts: Path, tmp_path: Path) -> None:
         load(copy, threads=1).logits(tokens(5)).tolist()
         == load(artifacts / "int8", threads=1).logits(tokens(5)).tolist()
     )
+
+
+def test_a_checkpoint_too_large_to_read_at_once_is_exported_from_its_headers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = tiny_model(tmp_path / "model")
+    monkeypatch.setattr(sys.modules["exporter.graph.export"], "READ_AT_ONCE", 0)
+    read: list[Path] = []
+    monkeypatch.setattr("exporter.manifest.sha256_file", lambda path: read.append(path) or sha256_file(path))
+    monkeypatch.setattr("exporter.graph.finite.read_bytes", lambda path, *_: read.append(path))
+    bundle = export(tmp_path / "model")[0]
+    weights = tmp_path / "model/model.safetensors"
+    assert weights not in read
+    assert bundle.section["files"][weights.name]["sha256"] is None
+    assert np.abs(load(bundle, threads=1).logits(tokens(5)) - tiny.logits(tokens(5))).max() <= 1e-4
+
+    copy = shutil.copytree(tmp_path / "model", tmp_path / "copy")
+    with pytest.raises(InputRefused, match=r"is not the file that was exported[\s\S]*export again"):
+        load(copy)  # nothing says that it is the same
+    export(copy)
+    assert load(copy, threads=1).logits(tokens(5)).shape == (5, tiny.model.config.vocab_size)
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(InputRefused, match="is not the file that was exported"):
+        load(bundle)
 
 
 def test_a_directory_without_a_graph_says_what_to_run(tmp_path: Path) -> None:

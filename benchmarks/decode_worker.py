@@ -52,7 +52,7 @@ def work(load: Callable[[Job], Contender]) -> None:
     began = time.perf_counter()
     contender = load(job)
     loaded = time.perf_counter() - began
-    continued(contender, job.prompts[0], 4)  # warm: first calls allocate
+    continued(contender, job.prompts[0], job.new_tokens)  # warm: first calls allocate; to the end, so none is left over
     prefill: dict[int, list[float]] = {len(ids): [] for ids in job.prompts}
     decode: dict[int, list[float]] = {len(ids): [] for ids in job.prompts}
     tokens: dict[int, list[int]] = {}

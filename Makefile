@@ -11,7 +11,7 @@ TESTS ?= tests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow test-latest calibrate coverage faults full-size lint format clean fuzz sbom audit
+.PHONY: help setup demo test test-slow test-latest calibrate coverage faults full-size soak lint format clean fuzz sbom audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ faults: setup ## every fault against every command; the matrix in build/fault-ma
 
 full-size: setup ## every stage at 6.7B, with its figures (ARGS="--size 111M" for less)
 	$(VENV)/bin/python benchmarks/full_size.py $(ARGS)
+
+soak: setup ## a server under everything that clients do, for 10 minutes (ARGS="--minutes 1" for less)
+	$(VENV)/bin/python benchmarks/soak.py $(ARGS)
 
 fuzz: setup ## every parser against EXAMPLES=5000 random inputs each
 	EXPORTER_FUZZ_EXAMPLES=$(EXAMPLES) $(VENV)/bin/python -m pytest tests/hostile/test_fuzz.py

@@ -67,9 +67,9 @@ def ask_and_stop(
 
     A first request, `warm`, is not counted. The server is stopped with SIGTERM, whatever happens.
     """
+    if not wait_until_ready(process, address + ready):
+        return None
     try:
-        if not wait_until_ready(process, address + ready):
-            return None
         model = httpx.get(f"{address}/v1/models", timeout=READY_SECONDS).json()["data"][0]["id"]
         return asyncio.run(_load(address, streams, warm, {"model": model, **body}))
     finally:

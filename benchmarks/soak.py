@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -48,14 +48,15 @@ ENDS = 60.0  # seconds from SIGTERM to the process's end
 SLOTS, QUEUE, AT_ONCE = 4, 12, 80
 GAPS = (0.5, 0.15, 0.15, 0.05, 0.005)  # mean seconds between two arrivals, drawn anew every few seconds
 Client = Callable[[Target, Any, random.Random], Awaitable[str]]
-CLIENTS: tuple[tuple[Client, int], ...] = (
-    (streamed, 35),
-    (whole, 20),
-    (cancelled, 15),
-    (slow, 8),
-    (refused, 16),
-    (rude, 6),
-)
+# By name: the client, and how often it comes.
+CLIENTS: Mapping[str, tuple[Client, int]] = {
+    "streamed": (streamed, 35),
+    "whole": (whole, 20),
+    "cancelled": (cancelled, 15),
+    "slow": (slow, 8),
+    "refused": (refused, 16),
+    "rude": (rude, 6),
+}
 
 
 @dataclass
@@ -118,7 +119,8 @@ async def live(
     soak: Soak, bundles: Mapping[str, Path], log: Path, seconds: float, chance: random.Random, *, cut_short: bool
 ) -> None:
     """A server's life under load. cut_short: SIGTERM comes while requests run and arrive, else after the last one."""
-    port, life, samples, ending = free_port(), Life(seconds), [], asyncio.Event()
+    port, life, ending = free_port(), Life(seconds), asyncio.Event()
+    samples: list[int] = []
     target = Target(f"http://127.0.0.1:{port}")
     process = start(bundles, port, log)
     try:
@@ -161,7 +163,7 @@ def start(bundles: Mapping[str, Path], port: int, log: Path) -> subprocess.Popen
 
 async def arrive(soak: Soak, target: Target, chance: random.Random, ending: asyncio.Event) -> None:
     """Clients come at random until `ending`; returns when the last of them has gone."""
-    kinds, weights = zip(*CLIENTS, strict=True)
+    names, weights = list(CLIENTS), [often for _, often in CLIENTS.values()]
     running: set[asyncio.Task[None]] = set()
     gap, until = GAPS[0], 0.0
     while not ending.is_set():
@@ -169,21 +171,25 @@ async def arrive(soak: Soak, target: Target, chance: random.Random, ending: asyn
             gap, until = chance.choice(GAPS), time.monotonic() + chance.uniform(1, 5)
         await asyncio.sleep(chance.expovariate(1 / gap))
         if len(running) < AT_ONCE:
-            client = chance.choices(kinds, weights)[0]
-            item = chance.choice(soak.bad if client is refused else soak.cases)
-            task = asyncio.create_task(one(soak, target, client, item, chance))
+            (name,) = chance.choices(names, weights)
+            item = chance.choice(soak.bad if name == "refused" else soak.cases)
+            task = asyncio.create_task(one(soak, target, name, item, chance))
             running.add(task)
             task.add_done_callback(running.discard)
     await asyncio.gather(*running)
 
 
-async def one(soak: Soak, target: Target, client: Client, item: Any, chance: random.Random) -> None:
+async def one(soak: Soak, target: Target, name: str, item: Any, chance: random.Random) -> None:
+    client, _ = CLIENTS[name]
     try:
         outcome = await client(target, item, chance)
     except Wrong as error:
         outcome = "WRONG"
-        soak.failures.append(f"{client.__name__}: {error}")
-    soak.outcomes[client.__name__, outcome] += 1
+        soak.failures.append(f"{name}: {error}")
+    except Exception as error:  # what surprises a client is a finding too
+        outcome = "WRONG"
+        soak.failures.append(f"{name}: {type(error).__name__}: {error}")
+    soak.outcomes[name, outcome] += 1
 
 
 async def watch(pid: int, samples: list[int]) -> None:
@@ -222,12 +228,12 @@ async def settled(soak: Soak, target: Target, life: Life, files: int) -> None:
         soak.failures.append(f"{now['exporter_engine_failures_total']:.0f} streams ended with an error")
 
 
-def figures(target: Target) -> Counter[str]:
+def figures(target: Target) -> Mapping[str, float]:
     """The server's own figures by name, summed over the bundles."""
-    found: Counter[str] = Counter()
+    found: defaultdict[str, float] = defaultdict(float)
     for family in text_string_to_metric_families(httpx.get(f"{target.address}/metrics", timeout=30).text):
         for sample in family.samples:
-            found[sample.name] += sample.value  # pyright: ignore[reportArgumentType] (a float)
+            found[sample.name] += sample.value
     return found
 
 

@@ -5,7 +5,7 @@ import json
 import random
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,7 @@ async def rude(target: Target, case: Case, chance: random.Random) -> str:
     return "went away"
 
 
-async def _guarded(target: Target, client: Any) -> str:
+async def _guarded(target: Target, client: Awaitable[str]) -> str:
     """Closed doors are an outcome after SIGTERM, and a defect at any other time."""
     began = time.monotonic()
     try:

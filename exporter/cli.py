@@ -64,6 +64,12 @@ class Adapters(StrEnum):
     separate = "separate"
 
 
+class Deployment(StrEnum):
+    triton = "triton"
+    kserve = "kserve"
+    compose = "compose"
+
+
 class Target(StrEnum):
     cpu = "cpu"
     cuda = "cuda"
@@ -229,6 +235,10 @@ def export(
     block_size: Annotated[
         int, typer.Option(help="Of int8 and int4: 32 (most exact), 64, 128 (fastest on a CPU) or 256 weights a scale.")
     ] = 32,
+    deployment: Annotated[
+        list[Deployment] | None,
+        typer.Option(help="Files in BUNDLE/deployment that run it elsewhere. Repeat for several."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Where int8/, int4/ ... go; default: beside CHECKPOINT.")] = None,
     force: ForceOption = False,
     json: JsonOption = False,
@@ -246,6 +256,7 @@ def export(
         target=target or ("cpu",),
         builder=builder.value,
         block_size=block_size,
+        deployment=deployment or (),
         out=out,
         force=force,
         progress=progress,

@@ -29,6 +29,7 @@ from exporter.graph.bundle import (
     known_sha256,
 )
 from exporter.graph.decoder import MATRICES, Decoder, decoder_weights
+from exporter.graph.deployment import DEPLOYMENTS, write_deployment
 from exporter.graph.finite import require_finite
 from exporter.graph.genai_config import genai_config
 from exporter.graph.quantize import BLOCK, BLOCKS
@@ -72,6 +73,7 @@ def export(
     target: Sequence[str] = ("cpu",),
     builder: str = "native",
     block_size: int = BLOCK,
+    deployment: Sequence[str] = (),
     out: Path | str | None = None,
     force: bool = False,
     progress: Progress = SILENT,
@@ -83,9 +85,34 @@ def export(
     `adapters` "separate" give a graph over the base in `out`, and adapters that are chosen at run time; with precision
     "int8-exact" they give the codes of 8-bit loading with the adapters added beside them.
     block_size: weights that share a scale in int8 and int4, one of BLOCKS: larger ones compute faster, with more error.
+    deployment: names of DEPLOYMENTS, files that run the bundle elsewhere, in its directory `deployment`.
     Raises UsageError (unknown name, foreign output without `force`), InputRefused (a checkpoint that cannot be
     honoured), EnvironmentLacking (disk, optimum).
     """
+    if deployment:
+        _check_names("deployment", deployment, tuple(DEPLOYMENTS))
+    bundles = _export_all(
+        checkpoint, base, adapter, adapters, precision, target, builder, block_size, out, force=force, progress=progress
+    )
+    for bundle in bundles:
+        write_deployment(bundle, deployment)
+    return bundles
+
+
+def _export_all(
+    checkpoint: Path | str | None,
+    base: Path | str | None,
+    adapter: Path | str | Sequence[Path | str],
+    adapters: str | None,
+    precision: Sequence[str],
+    target: Sequence[str],
+    builder: str,
+    block_size: int,
+    out: Path | str | None,
+    *,
+    force: bool,
+    progress: Progress,
+) -> list[Bundle]:
     out = None if out is None else Path(out)
     _check_names("precision", precision, PRECISIONS)
     _check_names("target", target, tuple(GRAPHS))

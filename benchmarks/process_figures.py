@@ -88,7 +88,7 @@ def measure(
     figures = Figures(
         wall=wall,
         cpu=usage.ru_utime + usage.ru_stime,
-        peak=max(peaks.resident, usage.ru_maxrss * 1024),
+        peak=peaks.resident,
         anonymous=peaks.anonymous,
         read=moved.get("rchar", 0),
         written=moved.get("wchar", 0),
@@ -123,7 +123,11 @@ def _text(path: Path) -> str:
 
 
 class _Peaks:
-    """Samples the resident memory of a process and its descendants until it is stopped."""
+    """Samples the resident memory of a process and its descendants until it is stopped.
+
+    Between two samples each process's own high-water mark counts; ru_maxrss would count what this process held when it
+    forked.
+    """
 
     def __init__(self, pid: int) -> None:
         self.resident = self.anonymous = 0
@@ -137,11 +141,10 @@ class _Peaks:
 
     def _sample(self) -> None:
         while not self._stopped.wait(INTERVAL):
-            resident = anonymous = 0
-            for pid in self._tree():
-                held = resident_of(pid)
-                resident, anonymous = resident + held.get("VmRSS", 0), anonymous + held.get("RssAnon", 0)
-            self.resident, self.anonymous = max(self.resident, resident), max(self.anonymous, anonymous)
+            held = [resident_of(pid) for pid in self._tree()]
+            alone = max((one.get("VmHWM", 0) for one in held), default=0)
+            self.resident = max(self.resident, alone, sum(one.get("VmRSS", 0) for one in held))
+            self.anonymous = max(self.anonymous, sum(one.get("RssAnon", 0) for one in held))
 
     def _tree(self) -> list[int]:
         with suppress(psutil.Error):

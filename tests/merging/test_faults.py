@@ -351,7 +351,8 @@ def test_inputs_that_are_links(made: Pair, tmp_path: Path, wanted: dict[str, byt
             (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
         (tmp_path / f"{name}-link").symlink_to(snapshot)
     merge(Pair(tmp_path / "base-link", tmp_path / "adapter-link"), tmp_path / "out")
-    assert weights_of(tmp_path / "out") == wanted
+    got = weights_of(tmp_path / "out")
+    assert {n: d for n, d in got.items() if n != "README.md"} == {n: d for n, d in wanted.items() if n != "README.md"}
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 
@@ -377,13 +378,14 @@ def test_an_input_is_never_the_output(tmp_path: Path, force: bool) -> None:
 
 
 def test_a_base_of_links_into_the_output(made: Pair, tmp_path: Path) -> None:
+    """Links that lead out of a model's directory are refused, wherever they lead."""
     base, out = tmp_path / "base", tmp_path / "out"
     shutil.copytree(made.base, out)
     base.mkdir()
     for path in out.iterdir():
         (base / path.name).symlink_to(path)
     before = contents(out)
-    with pytest.raises(UsageError, match="is a link to a file in"):
+    with pytest.raises(InputRefused, match="is a link that leads out of its directory"):
         merge(Pair(base, made.adapter), out, force=True)
     assert contents(out) == before
 

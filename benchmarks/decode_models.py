@@ -173,7 +173,10 @@ def run(command: Sequence[str | Path], feed: str = "") -> str:
     """Standard output. Missing with the end of standard error if the command fails."""
     words = [str(word) for word in command]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, input=feed, capture_output=True, text=True, env=environment)
+    try:
+        done = subprocess.run(words, input=feed, capture_output=True, text=True, env=environment)
+    except OSError as error:
+        raise Missing(f"{words[0]} cannot be started: {error.strerror}") from error
     if done.returncode:
         last = " ".join(done.stderr.strip().splitlines()[-2:])[-400:]
         raise Missing(f"{Path(words[0]).name} {' '.join(words[1:3])} gave {done.returncode}: {last}")

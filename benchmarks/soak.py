@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -47,7 +47,7 @@ SETTLE = 10.0  # seconds until the last streams of clients that went away have l
 ENDS = 60.0  # seconds from SIGTERM to the process's end
 SLOTS, QUEUE, AT_ONCE = 4, 12, 80
 GAPS = (0.5, 0.15, 0.15, 0.05, 0.005)  # mean seconds between two arrivals, drawn anew every few seconds
-Client = Callable[[Target, Any, random.Random], Awaitable[str]]
+Client = Callable[[Target, Any, random.Random], Coroutine[Any, Any, str]]
 # By name: the client, and how often it comes.
 CLIENTS: Mapping[str, tuple[Client, int]] = {
     "streamed": (streamed, 35),

@@ -1,7 +1,7 @@
 """How often one-sided 95 % bounds hold, by simulation at each level's number of documents (make coverage).
 
-Documents of 16 to 64 scored tokens. Means: log-normal with sigma 0.5 and 1. Rates: each document misses at a rate of its
-own, beta-distributed with mean 2 %. Seeds are fixed. A Markdown table on stdout.
+Documents of 16 to 64 scored tokens. Means: log-normal with sigma 0.5 and 1. Rates: each document misses at a rate of
+its own, beta-distributed with mean 2 %. Seeds are fixed. A Markdown table on stdout.
 """
 
 from collections.abc import Callable

@@ -21,12 +21,12 @@ def load_int8(base: Checkpoint, threshold: float) -> Any:
 
     Unsupported where transformers keeps a part in float32, or where a weight is not stored under the model's own name.
     """
-    from bitsandbytes.nn import Int8Params
-    from bitsandbytes.nn.modules import Linear8bitLt
+    from bitsandbytes.nn import modules
     from transformers import BitsAndBytesConfig
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.auto import AutoHfQuantizer
 
+    Linear8bitLt, Int8Params = modules.Linear8bitLt, cast(Any, modules).Int8Params
     model = without_weights(base.directory, torch.float16)
     if getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
         raise Unsupported("parts of it stay in float32")

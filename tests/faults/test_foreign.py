@@ -36,9 +36,9 @@ def test_run_does_not_take_somebody_elses_merged_directory(inputs: Inputs, tmp_p
 def test_capture_does_not_write_over_something_else(inputs: Inputs, tmp_path: Path) -> None:
     mine = tmp_path / "notes.txt"
     mine.write_text("mine")
-    pair = {"base": inputs.root / "base", "adapter": inputs.root / "adapter"}
+    base, adapter = inputs.root / "base", inputs.root / "adapter"
     with pytest.raises(UsageError, match="no capture"):
-        exporter.capture(**pair, out=mine)
+        exporter.capture(base=base, adapter=adapter, out=mine)
     with pytest.raises(UsageError, match="is a directory"):
-        exporter.capture(**pair, out=tmp_path)
+        exporter.capture(base=base, adapter=adapter, out=tmp_path)
     assert mine.read_text() == "mine"

@@ -75,17 +75,23 @@ def test_presence_and_frequency_penalties_lower_the_logits_of_seen_tokens(client
         counts[ids[-1]] += 1
     made, plain = (
         client.completions.create(
-            model="demo", prompt=PROMPT, max_tokens=24, temperature=0, extra_body={"ignore_eos": True}, **penalties
+            model="demo",
+            prompt=PROMPT,
+            max_tokens=24,
+            temperature=0,
+            frequency_penalty=frequency,
+            presence_penalty=presence,
+            extra_body={"ignore_eos": True},
         )
-        for penalties in ({"frequency_penalty": 1.2, "presence_penalty": 0.8}, {})
+        for frequency, presence in ((1.2, 0.8), (0.0, 0.0))
     )
     assert made.choices[0].text == tokenizer.decode(ids[start:]) != plain.choices[0].text
 
 
 def test_the_same_seed_gives_the_same_text_and_no_seed_another(client: OpenAI) -> None:
-    def texts(**options: int) -> set[str]:
+    def texts(seed: int | None = None) -> set[str]:
         return {
-            client.completions.create(model="demo", prompt=PROMPT, max_tokens=12, **options).choices[0].text
+            client.completions.create(model="demo", prompt=PROMPT, max_tokens=12, seed=seed).choices[0].text
             for _ in range(3)
         }
 

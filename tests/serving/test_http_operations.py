@@ -22,7 +22,7 @@ from exporter.runtime.generate import generate
 from exporter.serving.service import Limits
 from tests.serving.running import Running, running
 
-LONG = {"max_tokens": 400, "temperature": 0, "extra_body": {"ignore_eos": True}}
+LONG: dict[str, Any] = {"max_tokens": 400, "temperature": 0, "extra_body": {"ignore_eos": True}}
 EXPORTER = [sys.executable, "-m", "exporter.cli", "serve"]
 
 
@@ -152,7 +152,8 @@ def test_who_sends_or_reads_nothing_is_cut_off(tiny: Path) -> None:
 
 def test_a_deadline_ends_an_answer(demo: Path) -> None:
     with running([f"demo={demo}"], slots=1, limits=Limits(request=0.4)) as server:
-        made = server.client().completions.create(model="demo", prompt="One", **LONG | {"max_tokens": 500})
+        longer: dict[str, Any] = LONG | {"max_tokens": 500}
+        made = server.client().completions.create(model="demo", prompt="One", **longer)
         assert made.usage is not None
         assert 0 < made.usage.completion_tokens < 500
         assert made.choices[0].finish_reason == "length"

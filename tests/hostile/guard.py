@@ -6,8 +6,6 @@ for native code too (safetensors, tokenizers and ONNX Runtime open files of thei
 
 import ctypes
 import os
-import resource
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -17,8 +15,8 @@ from typing import Any
 
 import transformers
 
-SECONDS = 10.0
-MEMORY = 2 << 30  # address space that one command may add to what this process has
+from tests.limits import limits
+
 IN_ACCESS, IN_MODIFY, IN_OPEN, IN_CREATE, IN_DELETE = 0x1, 0x2, 0x20, 0x100, 0x200
 NONBLOCK_CLOEXEC = 0o2004000
 FORBIDDEN = (
@@ -33,10 +31,6 @@ ROOT = Path(__file__).parents[2]
 PLACES = (sys.prefix, sys.base_prefix, ROOT, Path(transformers.__file__).parents[1], "/usr", "/lib")
 TABLES = ("/proc", "/sys", "/dev/null", "/dev/urandom", "/etc/localtime", "/etc/mime.types")
 READABLE = (*(os.path.realpath(place) for place in PLACES), *TABLES)
-
-
-class TooLate(BaseException):
-    """Not an Exception: nothing on the way out may take it for an error of its own."""
 
 
 class _Watch:
@@ -75,26 +69,6 @@ class Outside:
 
     def close(self) -> None:
         os.close(self._handle)
-
-
-@contextmanager
-def limits(seconds: float = SECONDS, memory: int = MEMORY) -> Iterator[None]:
-    """A hang ends in TooLate, a bomb in MemoryError: both are failures of a test."""
-
-    def late(*_: object) -> None:
-        raise TooLate(f"more than {seconds} seconds")
-
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    old = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    resource.setrlimit(resource.RLIMIT_AS, (used + memory, before[1]))
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
-        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @contextmanager

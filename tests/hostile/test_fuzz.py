@@ -32,9 +32,9 @@ from exporter.sources import legacy_torch_file, safetensors_file, torch_file
 from exporter.sources.adapter import open_adapter
 from exporter.sources.checkpoint import open_checkpoint
 from exporter.spec import read_spec
-from tests.hostile.guard import limits
 from tests.hostile.material import Tree
 from tests.hostile.pickles import PROGRAMS, PROTO, old_format
+from tests.limits import limits
 from tests.merging.test_fuzz import edited, edits, json_mutations, mutated
 
 EXAMPLES = int(os.environ.get("EXPORTER_FUZZ_EXAMPLES", "25"))

@@ -6,7 +6,6 @@ Nothing may take memory or time that the files' own size does not explain, so ev
 import copy
 import io
 import json
-import resource
 import shutil
 import signal
 import zipfile
@@ -26,9 +25,9 @@ from exporter.errors import ExporterError, InputRefused
 from exporter.sources import safetensors_file, torch_file
 from exporter.sources.checkpoint import open_checkpoint
 from exporter.sources.tensors import read_tensor
+from tests.limits import TooLate, limits
 from tests.pairs import Pair, as_bin, gpt2_config, make_pair, peft_merge, save_base
 
-SECONDS = 10.0
 # Address space that an example may add: far above what a tiny merge needs, far below what a bomb asks for.
 MEMORY = 4 << 30
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -41,26 +40,6 @@ fuzzing = settings(
     phases=(Phase.explicit, Phase.generate, Phase.shrink),
     suppress_health_check=(HealthCheck.too_slow, HealthCheck.function_scoped_fixture),
 )
-
-
-@contextmanager
-def limits() -> Iterator[None]:
-    """SECONDS and MEMORY for what runs inside: a hang or a bomb is a failure and not the end of the test run."""
-
-    def late(*_: object) -> None:
-        raise AssertionError(f"more than {SECONDS} seconds")
-
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    old = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, before[1]))
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
-        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +59,7 @@ def outcome(pair: Pair, out: Path) -> dict[str, torch.Tensor] | ExporterError:
     """What a merge makes of `pair`, or its refusal. Every other exception is a failure, and so is what is left."""
     refusal: ExporterError | None = None
     try:
-        with limits():
+        with limits(memory=MEMORY):
             exporter.merge(base=pair.base, adapter=pair.adapter, out=out, proof="none")
     except ExporterError as error:
         refusal = error
@@ -208,7 +187,7 @@ def test_absurd_sizes_are_refused_at_once(made: Pair, key: str, value: int) -> N
 def test_counts_that_no_weights_show(made: Pair, changes: dict[str, Any], match: str) -> None:
     path = made.base / "config.json"
     document = dump({**json.loads(path.read_text()), **changes})
-    with changed_file(path, document), limits(), pytest.raises(InputRefused, match=match):
+    with changed_file(path, document), limits(memory=MEMORY), pytest.raises(InputRefused, match=match):
         open_checkpoint(made.base)
 
 
@@ -426,7 +405,7 @@ def test_the_header_of_a_safetensors_file(
 def test_shapes_that_cannot_be(tmp_path: Path, entry: dict[str, Any]) -> None:
     raw = dump({"x": entry})
     (tmp_path / "x.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(8))
-    with limits(), pytest.raises(InputRefused, match="malformed"):
+    with limits(memory=MEMORY), pytest.raises(InputRefused, match="malformed"):
         safetensors_file.read_header(tmp_path / "x.safetensors")
 
 
@@ -457,7 +436,7 @@ def test_the_index(indexed: Path, mutations: Any) -> None:
     """Shards outside of the directory are never opened, and what is read is what the files hold."""
     path = indexed / "pytorch_model.bin.index.json"
     wanted = set(open_checkpoint(indexed).tensors)
-    with changed_file(path, dump(mutated(json.loads(path.read_text()), mutations))), limits():
+    with changed_file(path, dump(mutated(json.loads(path.read_text()), mutations))), limits(memory=MEMORY):
         try:
             found = open_checkpoint(indexed)
         except InputRefused:
@@ -468,9 +447,9 @@ def test_the_index(indexed: Path, mutations: Any) -> None:
 
 def test_the_limits_of_these_tests_are_limits() -> None:
     """Without this, a hang or a bomb would pass as soon as the guard broke."""
-    with pytest.raises(AssertionError, match="seconds"), limits():
+    with pytest.raises(TooLate, match="seconds"), limits(memory=MEMORY):
         signal.raise_signal(signal.SIGALRM)
-    with pytest.raises(MemoryError), limits():
+    with pytest.raises(MemoryError), limits(memory=MEMORY):
         bytearray(MEMORY + (1 << 30))
 
 

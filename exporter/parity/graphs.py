@@ -10,8 +10,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from exporter.errors import InputRefused
-from exporter.runtime.session import PROVIDERS, require_provider
+from exporter.runtime.session import PROVIDERS, cannot_open, require_provider
 
 MICROSOFT = "com.microsoft"
 FATAL_ONLY = 4
@@ -101,11 +100,7 @@ def open_graph(model: onnx.ModelProto, directory: Path, target: str) -> ort.Infe
     try:
         return ort.InferenceSession(model.SerializeToString(), options, providers=providers)
     except Exception as error:  # onnxruntime's own exceptions have no common base
-        raise InputRefused(
-            f"ONNX Runtime cannot open the graph in {directory}: {str(error).splitlines()[0][:300]}",
-            expected="a graph as exporter wrote it",
-            todo="export again",
-        ) from error
+        raise cannot_open(f"the graph in {directory}", error) from error
 
 
 def present_name(past: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import onnxruntime as ort
 import torch
 
-from exporter.errors import EnvironmentLacking, InputRefused, UsageError
+from exporter.errors import EnvironmentLacking, ExporterError, InputRefused, UsageError, lacking
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 FATAL_ONLY = 4  # failures come as exceptions; their log lines would only double them
@@ -39,6 +39,21 @@ def require_provider(provider: str) -> None:
         )
 
 
+def cannot_open(graph: str, error: Exception) -> ExporterError:
+    """What ONNX Runtime's refusal to open `graph` is: EnvironmentLacking for want of memory, else InputRefused."""
+    said = str(error).splitlines()[0]
+    if lacking(error):
+        return EnvironmentLacking(
+            f"there is not enough memory to open {graph} ({said[-200:]})",
+            todo="free memory or raise the limit, or open a smaller bundle",
+        )
+    return InputRefused(
+        f"ONNX Runtime cannot open {graph}: {said[:300]}",
+        expected="a graph and weights as exporter wrote them",
+        todo="export again",
+    )
+
+
 def open_session(graph: Path, provider: str, threads: int | None) -> ort.InferenceSession:
     """A session on exactly `provider`. EnvironmentLacking if it falls back, InputRefused if the graph is not valid."""
     require_provider(provider)
@@ -52,15 +67,7 @@ def open_session(graph: Path, provider: str, threads: int | None) -> ort.Inferen
     try:
         session = ort.InferenceSession(graph, options, providers=providers)
     except Exception as error:  # onnxruntime's own exceptions have no common base
-        if "bad_alloc" in str(error) or "Failed to allocate memory" in str(error):
-            raise EnvironmentLacking(
-                f"not enough memory to open {graph}", todo="free memory, or open a smaller bundle"
-            ) from error
-        raise InputRefused(
-            f"ONNX Runtime cannot open {graph}: {str(error).splitlines()[0][:300]}",
-            expected="a graph and weights as exporter wrote them",
-            todo="export again",
-        ) from error
+        raise cannot_open(str(graph), error) from error
     if session.get_providers()[0] != PROVIDERS[provider]:
         raise EnvironmentLacking(
             f"{PROVIDERS[provider]} did not start; onnxruntime fell back to {session.get_providers()[0]}",

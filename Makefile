@@ -35,7 +35,7 @@ $(LATEST_STAMP): pyproject.toml constraints-latest.txt
 demo: setup ## the whole path on the packaged pair: merge, export, verify
 	$(VENV)/bin/exporter demo
 
-test: setup ## the tests (TESTS=tests/merge for a part)
+test: setup ## the tests (TESTS=tests/merging for a part)
 	$(VENV)/bin/python -m pytest -m "not slow" $(TESTS)
 
 test-slow: setup ## the tests that take minutes

@@ -14,6 +14,7 @@ from exporter.sources.checkpoint import open_checkpoint
 from exporter.sources.own_files import require_own_files
 
 GRAPHS = {"cpu": "model.onnx", "cuda": "model_cuda.onnx"}
+GENAI_CONFIG = "genai_config.json"
 STAGE = "export-"
 
 

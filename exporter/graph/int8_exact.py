@@ -8,57 +8,46 @@ y = x W^T + (x A^T) (scale B^T). Everything that 8-bit loading leaves alone stay
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from exporter.errors import InputRefused, UsageError
+from exporter.errors import InputRefused
+from exporter.graph.adapter_source import read_runtime_adapter
 from exporter.graph.adapters import RuntimeAdapter
 from exporter.graph.architectures import read_decoder
 from exporter.graph.bundle import GRAPHS, Bundle
 from exporter.graph.decoder import Decoder, decoder_weights
-from exporter.graph.export import write_bundle
+from exporter.graph.parts import Parts
 from exporter.graph.quantized_file import Stored
-from exporter.graph.separate import read_runtime_adapter
+from exporter.graph.standalone import write_bundle
 from exporter.graph.weights import DOWN, UP
-from exporter.merging.card import choose_template, generation_config_bytes, licence_of
+from exporter.merging.card import licence_of, text_files
 from exporter.merging.int8 import quantized_modules
 from exporter.merging.modules import ModelLayout, model_layout
-from exporter.progress import SILENT, Progress
+from exporter.progress import Progress
 from exporter.sources.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from exporter.sources.hub import Source, resolve
-from exporter.sources.tokenizer import TOKENIZER_JSON, build_tokenizer_json, tokenizer_files
 
 PRECISION = "int8-exact"
 FORMULA = "y = x W_int8^T + (x A^T) (scale B^T) in float32, W_int8 = code * (absmax * float32(1/127)) of bitsandbytes"
 
 
-def export_int8_exact(
-    base: str | Path,
-    adapters: Sequence[str | Path],
-    out: Path,
-    *,
-    target: str = "cpu",
-    force: bool = False,
-    progress: Progress = SILENT,
-) -> Bundle:
-    """A bundle in `out` that computes what the unmerged 8-bit PEFT model does, but for the rounding of activations.
+def export_int8_exact(parts: Parts, target: str, progress: Progress) -> Bundle:
+    """A bundle in `parts.out` that computes what the unmerged 8-bit PEFT model does, but for activations' rounding.
 
-    Several adapters add up. Raises UsageError (foreign output, no adapter), InputRefused (anything but LoRA on the
-    quantized matrices, by name; weights without codes), EnvironmentLacking.
+    Several adapters add up. Raises UsageError (foreign output), InputRefused (anything but LoRA on the quantized
+    matrices, by name; weights without codes), EnvironmentLacking.
     """
-    if not adapters:
-        raise UsageError("no adapter", expected="--adapter, once or more")
-    source = resolve(base, kind="base", progress=progress)
-    sources = [resolve(one, kind="adapter", progress=progress) for one in adapters]
+    source = resolve(parts.base, kind="base", progress=progress)
+    sources = [resolve(one, kind="adapter", progress=progress) for one in parts.adapters]
     checkpoint = open_checkpoint(source.directory)
     decoder = read_decoder(checkpoint.config)
     layout = model_layout(checkpoint.directory, checkpoint.config)
     opened = [read_runtime_adapter(one.id or one.directory.name, one, layout, decoder) for one in sources]
     stored = _storage(decoder, checkpoint, layout)
     factors = _factors(opened, stored, decoder)
-    bundle = Bundle(out, PRECISION, target, out / GRAPHS[target])
+    bundle = Bundle(parts.out, PRECISION, target, parts.out / GRAPHS[target])
     facts: dict[str, Any] = {
         "provenance": "base and adapters",
         "base": {"source": source.id or str(source.directory), "commit": source.commit},
@@ -67,7 +56,7 @@ def export_int8_exact(
         "onto": "int8",
     }
     small = _small_files(source, sources, progress)
-    return write_bundle(bundle, checkpoint, stored, facts, extra=factors, small=small, force=force, progress=progress)
+    return write_bundle(bundle, checkpoint, stored, small, facts, extra=factors, force=parts.force, progress=progress)
 
 
 def _storage(decoder: Decoder, checkpoint: Checkpoint, layout: ModelLayout) -> dict[str, Stored]:
@@ -108,26 +97,17 @@ def _factors(
 
 
 def _small_files(base: Source, adapters: Sequence[Source], progress: Progress) -> dict[str, bytes]:
-    """What stands beside the weights, chosen as a merge chooses it: tokenizer and template of the adapter first."""
-    directories = [source.directory for source in adapters]
-    files = {
+    """What stands beside the weights, chosen as a merge chooses it."""
+    return {
         "config.json": (base.directory / "config.json").read_bytes(),
-        "generation_config.json": generation_config_bytes(base.directory),
+        **text_files(base, adapters, None, progress),
+        "README.md": _card(base, adapters).encode(),
     }
-    chosen = tokenizer_files(base.directory, directories)
-    files |= {path.name: path.read_bytes() for path in chosen.files}
-    if TOKENIZER_JSON not in files:
-        progress.note(f"{chosen.directory} has no {TOKENIZER_JSON}: it is built from its vocabulary")
-        files[TOKENIZER_JSON] = build_tokenizer_json(chosen.directory)
-    template = choose_template(None, [*directories, base.directory])
-    if template is not None:
-        files["chat_template.jinja"] = template.encode()
-    files["README.md"] = _card(base, adapters).encode()
-    return files
 
 
 def _card(base: Source, adapters: Sequence[Source]) -> str:
-    rows = [(kind, one.id or one.directory.name, licence_of(one.directory)) for kind, one in _parts(base, adapters)]
+    parts = [("base", base), *(("adapter", one) for one in adapters)]
+    rows = [(kind, one.id or one.directory.name, licence_of(one.directory)) for kind, one in parts]
     table = "\n".join(f"| {kind} | {name} | {licence} |" for kind, name, licence in rows)
     return f"""# {rows[0][1]} in 8 bits, with its adapter beside
 
@@ -137,7 +117,3 @@ def _card(base: Source, adapters: Sequence[Source]) -> str:
 
 The terms of **all** of these licences apply. Made by Exporter: {FORMULA}.
 """
-
-
-def _parts(base: Source, adapters: Sequence[Source]) -> list[tuple[str, Source]]:
-    return [("base", base), *(("adapter", one) for one in adapters)]

@@ -15,7 +15,7 @@ from exporter.merging.plan import DTYPES, MergePlan
 from exporter.progress import Progress
 from exporter.sources.adapter import Adapter
 from exporter.sources.hub import Source
-from exporter.sources.tokenizer import build_tokenizer_json, tokenizer_files
+from exporter.sources.tokenizer import TOKENIZER_JSON, build_tokenizer_json, tokenizer_files
 
 
 def small_files(
@@ -27,22 +27,10 @@ def small_files(
     progress: Progress,
 ) -> dict[str, bytes]:
     """Everything beside the weights, by file name."""
-    files = {
-        "config.json": config_bytes(plan, dtype),
-        "generation_config.json": generation_config_bytes(base.directory),
-    }
+    files = {"config.json": config_bytes(plan, dtype)}
     if len(plan.shards) > 1:
         files["model.safetensors.index.json"] = index_bytes(plan)
-    adapter_directories = [source.directory for source in adapters]
-    chosen = tokenizer_files(base.directory, adapter_directories)
-    for path in chosen.files:
-        files[path.name] = path.read_bytes()
-    if "tokenizer.json" not in files:
-        progress.note(f"{chosen.directory} has no tokenizer.json: it is built from its vocabulary")
-        files["tokenizer.json"] = build_tokenizer_json(chosen.directory)
-    text = choose_template(template, [*adapter_directories, base.directory])
-    if text is not None:
-        files["chat_template.jinja"] = text.encode()
+    files |= text_files(base, adapters, template, progress)
     files["README.md"] = model_card(
         base.id or base.directory.name,
         licence_of(base.directory),
@@ -50,6 +38,24 @@ def small_files(
         plan.config_dtype,
         len(plan.changed),
     )
+    return files
+
+
+def text_files(base: Source, adapters: Sequence[Source], template: str | None, progress: Progress) -> dict[str, bytes]:
+    """What turns text into tokens and back, by file name: generation config, tokenizer, chat template.
+
+    Tokenizer and template are the first adapter's that has one, else the base's; `template` comes before both.
+    """
+    directories = [source.directory for source in adapters]
+    files = {"generation_config.json": generation_config_bytes(base.directory)}
+    chosen = tokenizer_files(base.directory, directories)
+    files |= {path.name: path.read_bytes() for path in chosen.files}
+    if TOKENIZER_JSON not in files:
+        progress.note(f"{chosen.directory} has no {TOKENIZER_JSON}: it is built from its vocabulary")
+        files[TOKENIZER_JSON] = build_tokenizer_json(chosen.directory)
+    text = choose_template(template, [*directories, base.directory])
+    if text is not None:
+        files["chat_template.jinja"] = text.encode()
     return files
 
 

@@ -29,6 +29,7 @@ from exporter.runtime.load import load
 from exporter.runtime.runner import Runner
 from exporter.runtime.text import load_tokenizer
 from tests.graph.conftest import END, TinyModel, save_byte_tokenizer, tiny_model, tokens
+from tests.notes import Notes
 from tests.pairs import as_bin, edit_json
 
 TOLERANCE = 1e-4
@@ -273,21 +274,6 @@ def test_in_the_bases_own_directory_no_weight_is_written(family: Family, tmp_pat
         np.testing.assert_allclose(found, family.expected(name, ids), atol=TOLERANCE, rtol=0)
 
 
-class Notes:
-    """Progress that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def task(self, title: str, total: float, unit: str = "") -> Any:
-        from exporter.progress import SILENT
-
-        return SILENT.task(title, total, unit)
-
-    def note(self, message: str) -> None:
-        self.said.append(message)
-
-
 def test_a_base_of_2023_is_streamed_and_its_size_is_said(family: Family, tmp_path: Path) -> None:
     base = shutil.copytree(family.base.directory, tmp_path / "base")
     as_bin(base, shards=2, old_buffers=True)
@@ -316,7 +302,7 @@ def test_a_base_of_2023_is_streamed_and_its_size_is_said(family: Family, tmp_pat
 def test_adapters_over_a_quantized_base(
     family: Family, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from exporter.graph.export import ACCURACY_LEVEL
+    from exporter.graph.quantize import ACCURACY_LEVEL
 
     monkeypatch.setitem(ACCURACY_LEVEL, "cpu", 1)  # float activations
     adapter = family.adapters["everything"]

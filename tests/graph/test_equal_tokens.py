@@ -12,7 +12,7 @@ import torch
 import exporter
 from exporter.demonstration import PAIR
 from exporter.graph import Bundle, export
-from exporter.graph.export import ACCURACY_LEVEL
+from exporter.graph.quantize import ACCURACY_LEVEL
 from exporter.runtime.text import load_tokenizer
 from tests.graph.conftest import END, save_byte_tokenizer, tiny_model, tokens
 from tests.graph.runtimes import clear_choices, genai_tokens, optimum_tokens, plain_files, runner_tokens

@@ -10,18 +10,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from exporter.errors import InputRefused, UsageError
 from exporter.graph import Bundle, dequantized_weights, export
-from exporter.graph.export import ACCURACY_LEVEL
+from exporter.graph.quantize import ACCURACY_LEVEL
 from exporter.graph.weights import WEIGHTS, Quantized, open_weights
 from exporter.parity.weights import read_values, within_step
 from exporter.runtime.load import load
+from tests.bitsandbytes_model import bnb, int8_layers, load_in_8_bits
 from tests.graph.conftest import tokens
 from tests.pairs import Pair, gpt2_config, lora_config, make_pair, rewrite, save_adapter
-
-bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: there is no oracle")
 
 IDS = tokens(40)
 # Everything that 8-bit loading converts, several ranks, and a scale that is no power of two.
@@ -54,18 +53,8 @@ def exact(pair: Pair, out: Path, *adapters: Path) -> Bundle:
     return export(base=pair.base, adapter=adapters or pair.adapter, precision=["int8-exact"], out=out)[0]
 
 
-def in_8_bits(base: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
-        base,
-        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
-        dtype=torch.float16,
-        device_map={"": "cpu"},
-        local_files_only=True,
-    )
-
-
 def quantized_by_bitsandbytes(base: Path) -> dict[str, Any]:
-    return {name: m for name, m in in_8_bits(base).named_modules() if isinstance(m, bnb.nn.Linear8bitLt)}
+    return int8_layers(load_in_8_bits(base))
 
 
 def test_codes_and_scales_are_those_of_bitsandbytes(exported: Exported) -> None:
@@ -137,7 +126,7 @@ def test_int8_activations_as_shipped_stay_as_near_as_8_bit_loading_itself(tmp_pa
     bundle = exact(pair, tmp_path / "out")
     assert bundle.section["accuracy_level"] == 4
     expected = logits(peft_over_the_codes(pair))
-    reference = logits(PeftModel.from_pretrained(in_8_bits(pair.base), str(pair.adapter)).eval().float())
+    reference = logits(PeftModel.from_pretrained(load_in_8_bits(pair.base), str(pair.adapter)).eval().float())
     error = load(bundle, threads=1).logits(IDS) - expected
     assert np.sqrt((error**2).mean()) < 2 * np.sqrt(((reference - expected) ** 2).mean())
 
@@ -229,6 +218,8 @@ def test_arguments_that_do_not_belong_together_are_usage_errors(tmp_path: Path) 
         export(base=tmp_path, adapter=tmp_path, precision=["int8-exact", "int8"], out=tmp_path / "out")
     with pytest.raises(UsageError, match="no adapter"):
         export(base=tmp_path, precision=["int8-exact"], out=tmp_path / "out")
+    with pytest.raises(UsageError, match="--adapters separate with --precision int8-exact"):
+        export(base=tmp_path, adapter=tmp_path, adapters="separate", precision=["int8-exact"], out=tmp_path / "out")
 
 
 def test_an_output_whose_weights_are_all_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import OPTConfig, OPTForCausalLM
 
-from exporter.errors import EnvironmentLacking, InputRefused
+from exporter.errors import EnvironmentLacking, InputRefused, UsageError
 from exporter.graph import export
 from exporter.graph.optimum_builder import estimate_cost
-from exporter.progress import SILENT
 from exporter.runtime.load import load
 from exporter.sources.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from tests.graph.conftest import tokens
+from tests.notes import Notes
 
 
 def opt(directory: Path) -> OPTForCausalLM:
@@ -37,19 +36,6 @@ def opt(directory: Path) -> OPTForCausalLM:
             parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(directory)
     return model
-
-
-class Notes:
-    """Progress that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def task(self, title: str, total: float, unit: str = "") -> Any:
-        return SILENT.task(title, total, unit)
-
-    def note(self, message: str) -> None:
-        self.said.append(message)
 
 
 def test_an_unknown_architecture_names_the_way_out(tmp_path: Path) -> None:
@@ -78,6 +64,17 @@ def test_an_optimum_bundle_computes_what_transformers_computes(tmp_path: Path) -
         mask = torch.ones_like(given)
         expected = model.generate(given, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None)
         assert answer == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("precision", "target"), [(["int8"], ["cpu"]), (["native", "fp32"], ["cpu"]), (["native"], ["cuda"])]
+)
+def test_what_optimum_does_not_export_is_refused(tmp_path: Path, precision: list[str], target: list[str]) -> None:
+    """It exports float32 for the CPU, and no bundle is called what it is not."""
+    opt(tmp_path / "merged")
+    with pytest.raises(UsageError, match="--builder optimum with another precision or target"):
+        export(tmp_path / "merged", builder="optimum", precision=precision, target=target)
+    assert not (tmp_path / "optimum").exists()
 
 
 def test_without_optimum_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

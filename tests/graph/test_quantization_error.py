@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 import exporter
 from exporter.graph import Bundle, dequantized_weights, export
-from exporter.graph.export import ACCURACY_LEVEL
-from exporter.graph.quantize import quantize_blocks
+from exporter.graph.quantize import ACCURACY_LEVEL, quantize_blocks
 from exporter.graph.weights import WEIGHTS
 from exporter.runtime.load import load
 from exporter.sources.safetensors_file import read_header

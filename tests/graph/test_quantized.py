@@ -15,8 +15,7 @@ from transformers import GPT2LMHeadModel
 from exporter.errors import InputRefused, UsageError
 from exporter.graph import Bundle, dequantized_weights, export
 from exporter.graph.bundle import bundle_weights
-from exporter.graph.export import ACCURACY_LEVEL
-from exporter.graph.quantize import BLOCK, BLOCKS, pack, quantize_blocks
+from exporter.graph.quantize import ACCURACY_LEVEL, BLOCK, BLOCKS, pack, quantize_blocks
 from exporter.graph.weights import WEIGHTS, Quantized, unpack
 from exporter.runtime.load import load
 from tests.graph.conftest import TinyModel, tiny_model, tokens

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    BitsAndBytesConfig,
     FalconConfig,
     GPTNeoXConfig,
     LlamaConfig,
@@ -23,9 +22,9 @@ from transformers.pytorch_utils import Conv1D
 
 from exporter.merging.int8 import absmax_block, codes, dequantize, quantized_modules
 from exporter.merging.modules import Orientation
+from tests.bitsandbytes_model import bnb, int8_layers, load_in_8_bits
 from tests.pairs import gpt2_config, rewrite, save_base
 
-bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: there is no oracle")
 peft_integrations = pytest.importorskip("peft.utils.integrations")
 
 BLOCK = 64
@@ -82,20 +81,6 @@ def with_hard_outputs(weight: torch.Tensor, orientation: Orientation) -> torch.T
     return (rows if orientation == "out_in" else rows.T).to(weight.dtype).contiguous()
 
 
-def load_int8(directory: Path, auto: Any = AutoModelForCausalLM) -> Any:
-    return auto.from_pretrained(
-        directory,
-        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
-        dtype=torch.float16,
-        device_map={"": "cpu"},
-        local_files_only=True,
-    )
-
-
-def converted_by_bitsandbytes(model: Any) -> dict[str, Any]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear8bitLt)}
-
-
 def meta(config: Any, auto: Any = AutoModelForCausalLM) -> transformers.PreTrainedModel:
     with torch.device("meta"):
         return auto.from_config(config)
@@ -117,7 +102,7 @@ def matrices_of(directory: Path, config: Any, dtype: torch.dtype) -> dict[str, M
         ),
     )
     stored = load_file(directory / "model.safetensors")
-    modules = converted_by_bitsandbytes(load_int8(directory))
+    modules = int8_layers(load_in_8_bits(directory))
     assert set(names) == set(modules)
     return {name: Matrix(stored[f"{name}.weight"], orientation[name], modules[name]) for name in names}
 
@@ -248,9 +233,9 @@ def test_a_value_beyond_float16_is_seen_in_its_absmax_and_refused(value: float) 
 def test_converted_modules_are_those_of_transformers(tmp_path: Path, architecture: str, tied: bool) -> None:
     config = ARCHITECTURES[architecture](tie_word_embeddings=tied)
     save_base(tmp_path, config)
-    model = load_int8(tmp_path)
+    model = load_in_8_bits(tmp_path)
     names = quantized_modules(meta(config))
-    assert list(names) == list(converted_by_bitsandbytes(model))
+    assert list(names) == list(int8_layers(model))
     assert {re.sub(r".*\.(h|layers)\.\d+\.", "", name) for name in names} == CONVERTED[architecture]
     assert isinstance(model.get_output_embeddings(), torch.nn.Linear)
     assert "lm_head" not in names
@@ -272,11 +257,11 @@ def test_converted_modules_of_odd_architectures(tmp_path: Path, kind: str) -> No
     config = OTHERS[kind]
     auto = AutoModelForSeq2SeqLM if isinstance(config, T5Config) else AutoModelForCausalLM
     auto.from_config(config).half().save_pretrained(tmp_path)
-    model = load_int8(tmp_path, auto)
+    model = load_in_8_bits(tmp_path, auto)
     names = quantized_modules(meta(config, auto))
     matrices = [n for n, m in meta(config, auto).named_modules() if hasattr(m, "weight") and "Linear" in str(type(m))]
     assert len(names) < len(matrices)
-    assert set(names) == set(converted_by_bitsandbytes(model))
+    assert set(names) == set(int8_layers(model))
 
 
 def test_asking_changes_no_model() -> None:

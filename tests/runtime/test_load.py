@@ -1,7 +1,6 @@
 """Loading: the right bundle, unchanged, on the provider asked for, and only if it fits into memory."""
 
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +76,7 @@ def test_a_checkpoint_too_large_to_read_at_once_is_exported_from_its_headers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny = tiny_model(tmp_path / "model")
-    monkeypatch.setattr(sys.modules["exporter.graph.export"], "READ_AT_ONCE", 0)
+    monkeypatch.setattr("exporter.graph.native.READ_AT_ONCE", 0)
     read: list[Path] = []
     monkeypatch.setattr("exporter.manifest.sha256_file", lambda path: read.append(path) or sha256_file(path))
     monkeypatch.setattr("exporter.graph.finite.read_bytes", lambda path, *_: read.append(path))

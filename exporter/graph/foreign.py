@@ -1,0 +1,57 @@
+"""What an export does not write over: files and directories that no export of ours has made."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from exporter.errors import UsageError
+from exporter.graph.adapters import SUFFIX, RuntimeAdapter
+from exporter.graph.builder import is_ours
+from exporter.graph.bundle import GENAI_CONFIG, GRAPHS, STAGE, Bundle
+from exporter.graph.companions import COMPANIONS
+from exporter.graph.weights import WEIGHTS
+from exporter.manifest import read_manifest
+
+
+def refuse_foreign_graph(bundle: Bundle, manifest: dict[str, Any] | None, *, force: bool) -> None:
+    """A graph that no stage of ours lists, and that does not say it is ours (a crash), is somebody else's file."""
+    stages = (manifest or {"stages": {}})["stages"]
+    if bundle.graph.exists() and bundle.stage not in stages and not force and not is_ours(bundle.graph):
+        raise UsageError(
+            f"{bundle.graph} is there and was not written by exporter",
+            expected="no such file, or one that the manifest lists",
+            todo="move it away, or give --force to replace it",
+        )
+
+
+def refuse_foreign_adapters(
+    bundle: Bundle, manifest: dict[str, Any] | None, adapters: Sequence[RuntimeAdapter], *, force: bool
+) -> None:
+    """An adapter's file of this name that no export lists is somebody else's."""
+    stages = (manifest or {"stages": {}})["stages"]
+    listed = {name for stage, section in stages.items() if stage.startswith(STAGE) for name in section["files"]}
+    for adapter in adapters:
+        path = bundle.directory / adapter.file
+        if path.exists() and path.name not in listed and not force:
+            raise UsageError(
+                f"{path} is there and was not written by exporter",
+                expected="no such file, or one that the manifest lists",
+                todo="move it away, name the adapter otherwise, or give --force to replace it",
+            )
+
+
+def refuse_foreign_directory(directory: Path, stage: str, *, force: bool) -> None:
+    """Ours: a manifest with nothing but exports, or what an export leaves when it is killed before its manifest."""
+    if not directory.is_dir() or force:
+        return
+    others = {entry.name for entry in directory.iterdir() if not entry.name.startswith(".")}
+    stages = (read_manifest(directory) or {"stages": {}})["stages"]
+    adapters = {name for name in others if name.endswith(SUFFIX)}
+    unfinished = WEIGHTS in others and others - adapters <= {WEIGHTS, GENAI_CONFIG, *GRAPHS.values(), *COMPANIONS}
+    ours = bool(stages) and all(stage.startswith(STAGE) for stage in stages)
+    if others and not ours and not unfinished:
+        raise UsageError(
+            f"{directory} holds something else ({', '.join(sorted(others)[:3])})",
+            expected=f"a new directory or an earlier {stage}",
+            todo="choose another --out, or give --force",
+        )

@@ -1,0 +1,82 @@
+"""What every bundle has beside its weights: the graph, genai's configuration, and its section of the manifest."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from exporter.files import write_atomically
+from exporter.graph.adapters import SUFFIX, TEMPLATE_SUFFIX, RuntimeAdapter, adapted_modules
+from exporter.graph.architectures import build_model
+from exporter.graph.builder import OPSET, exporter_version, serialize
+from exporter.graph.bundle import GENAI_CONFIG, GRAPHS, Bundle, bundles_in
+from exporter.graph.decoder import Decoder
+from exporter.graph.genai_config import genai_config
+from exporter.graph.quantize import ACCURACY_LEVEL
+from exporter.graph.weights import Weight
+from exporter.manifest import describe_file, file_is_unchanged, read_manifest, versions, write_stage
+
+
+def write_graph(
+    bundle: Bundle,
+    decoder: Decoder,
+    weights: Mapping[str, Weight],
+    config: Mapping[str, Any],
+    adapters: Sequence[RuntimeAdapter],
+) -> None:
+    """The graph over `weights` (by checkpoint name), and genai's file. config: config.json. Raises as `build_model`."""
+    metadata = {
+        "exporter.version": exporter_version(),
+        "exporter.precision": bundle.precision,
+        "exporter.target": bundle.target,
+    }
+    level = ACCURACY_LEVEL[bundle.target]
+    adapted = adapted_modules(adapters)
+    model = build_model(decoder, weights, bundle.target, metadata, accuracy_level=level, adapted=adapted)
+    write_atomically(bundle.graph, serialize(model))
+    if _owns_genai_config(bundle):
+        content = genai_config(bundle.directory, config, decoder.sizes, bundle.graph.name, bundle.target)
+        write_atomically(bundle.directory / GENAI_CONFIG, content)
+
+
+def _owns_genai_config(bundle: Bundle) -> bool:
+    """genai reads one configuration a directory: with graphs for both targets it names the one that runs anywhere."""
+    return bundle.target == "cpu" or not (bundle.directory / GRAPHS["cpu"]).exists()
+
+
+def bundle_section(bundle: Bundle, weights: dict[str, dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
+    """The manifest's section, all but the files of adapters and companions. weights: entries by file name."""
+    own = [bundle.graph.name, *([GENAI_CONFIG] if _owns_genai_config(bundle) else [])]
+    files = {name: describe_file(bundle.directory / name) for name in own}
+    return {
+        "precision": bundle.precision,
+        "target": bundle.target,
+        "graph": bundle.graph.name,
+        "weights": sorted(weights),
+        "files": files | weights,
+        "builder": "native",
+        "opset": OPSET,
+        "versions": versions(),
+    } | facts
+
+
+def publish_section(bundle: Bundle, section: dict[str, Any]) -> None:
+    """Write the manifest's section; a file that it took over is no longer listed under another target."""
+    earlier = (read_manifest(bundle.directory) or {"stages": {}})["stages"].get(bundle.stage, {})
+    for other in bundles_in(bundle.directory):
+        listed = other.section
+        if other.stage != bundle.stage and GENAI_CONFIG in section["files"] and GENAI_CONFIG in listed["files"]:
+            del listed["files"][GENAI_CONFIG]
+            write_stage(bundle.directory, other.stage, listed)
+    write_stage(bundle.directory, bundle.stage, section)
+    _remove_dropped_adapters(bundle.directory, earlier.get("files", {}))
+
+
+def _remove_dropped_adapters(directory: Path, earlier: Mapping[str, dict[str, Any]]) -> None:
+    """Adapters and templates that the export before wrote, unchanged since, and that no section lists any more."""
+    stages = (read_manifest(directory) or {"stages": {}})["stages"]
+    listed = {name for section in stages.values() for name in section.get("files", {})}
+    for name, entry in earlier.items():
+        path = directory / name
+        dropped = name not in listed and name.endswith((SUFFIX, TEMPLATE_SUFFIX)) and path.parent == directory
+        if dropped and file_is_unchanged(path, entry):
+            path.unlink()

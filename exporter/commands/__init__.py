@@ -1,0 +1,1 @@
+"""The commands: each is its options, and one call of the function of the same name."""

@@ -13,6 +13,7 @@ from exporter.manifest import file_is_unchanged, read_manifest
 from exporter.merging.plan import MergePlan, Onto
 from exporter.sources.adapter import CONFIG
 from exporter.sources.hub import Source
+from exporter.sources.own_files import own_roots
 from exporter.sources.snapshot import TOKENIZER
 
 STAGE = "merge"
@@ -82,17 +83,10 @@ def refuse_inputs_as_output(out: Path, sources: Sequence[Source]) -> None:
     """UsageError, whatever --force says, if writing to `out` could replace or remove a file that the merge reads."""
     target = Path(os.path.realpath(out))
     for source in sources:
-        directory = Path(os.path.realpath(source.directory))
-        if target == directory or directory in target.parents:
-            raise UsageError(
-                f"{out} is {'' if target == directory else 'inside '}{source.directory}, which the merge reads",
-                expected="an output apart from the base and the adapters",
-                todo="choose another --out",
-            )
-        for file in directory.iterdir() if directory.is_dir() else ():
-            if file.is_symlink() and Path(os.path.realpath(file)).parent == target:
+        for directory in own_roots(source.directory):
+            if target == directory or directory in target.parents:
                 raise UsageError(
-                    f"{file} is a link to a file in {out}",
+                    f"{out} is {'' if target == directory else 'inside '}{directory}, which the merge reads",
                     expected="an output apart from the base and the adapters",
                     todo="choose another --out",
                 )

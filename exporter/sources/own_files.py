@@ -13,10 +13,16 @@ from exporter.errors import InputRefused
 SUFFIXES = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja", ".md", ".onnx", ".onnx_adapter", ".data")
 
 
+def own_roots(directory: Path) -> list[Path]:
+    """Where the files of a model's directory lie: in it and, for a snapshot of the hub's cache, in the blobs beside."""
+    real = Path(os.path.realpath(directory))
+    return [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
+
+
 def require_own_files(directory: Path) -> None:
     """InputRefused if a file that could be read from `directory` is a link out of it, a pipe, a socket or a device.
 
-    A snapshot in huggingface_hub's cache links into the blobs beside it, and into nothing else.
+    A snapshot of the hub's cache links into the blobs beside it, and into nothing else.
     """
     try:
         entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
@@ -26,8 +32,7 @@ def require_own_files(directory: Path) -> None:
         raise InputRefused(
             f"{directory} cannot be listed: {error.strerror}", expected="a directory that may be read"
         ) from error
-    real = Path(os.path.realpath(directory))
-    roots = [real, *([real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [])]
+    roots = own_roots(directory)
     for entry in entries:
         if entry.name.endswith(SUFFIXES):
             _require_own(entry, roots)

@@ -377,6 +377,20 @@ def test_an_input_is_never_the_output(tmp_path: Path, force: bool) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "link"]
 
 
+def test_the_blobs_of_a_snapshot_are_no_output(made: Pair, tmp_path: Path) -> None:
+    """What a snapshot of the hub's cache links into is the base, wherever the snapshot lies."""
+    snapshot, blobs = tmp_path / "hub/snapshots/c0ffee", tmp_path / "hub/blobs"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(made.base, blobs)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    before = contents(blobs)
+    for out in (blobs, blobs / "merged"):
+        with pytest.raises(UsageError, match="which the merge reads"):
+            merge(Pair(snapshot, made.adapter), out, force=True)
+    assert contents(blobs) == before
+
+
 def test_a_base_of_links_into_the_output(made: Pair, tmp_path: Path) -> None:
     """Links that lead out of a model's directory are refused, wherever they lead."""
     base, out = tmp_path / "base", tmp_path / "out"

@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from contest import make_models, parse_contest, table_lines
 from decode_models import CONTENDERS, HERE, ROOT, Missing, Place, make_checkpoint, make_peers, run
 from decode_worker import Job
 from tokenizers import Tokenizer
@@ -71,33 +72,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--sizes", nargs="+", default=["demo", "590M", "1.3B"], help="demo, Cerebras-GPT sizes, or WIDTHxLAYERSxHEADS"
     )
-    parser.add_argument("--contenders", nargs="+", default=[""], help=f"names or beginnings: {', '.join(CONTENDERS)}")
     parser.add_argument("--positions", nargs="+", type=int, default=[128, 1024], help="lengths of the prompts")
     parser.add_argument("--new-tokens", type=int, default=32, help="decoded after each prompt")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=1, help="of each prompt in a process")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--wheels", type=Path, help="a directory of wheels that spares compiling llama-cpp-python")
     parser.add_argument("--work", type=Path, default=ROOT / "build/bench", help="takes 25 bytes a parameter")
     parser.add_argument("--remove", action="store_true", help="remove a size's models when it is measured")
-    options = parser.parse_args()
-    options.chosen = [name for name in CONTENDERS if name.startswith(tuple(options.contenders))]
-    if not options.chosen:
-        parser.error(f"no contender begins with {' or '.join(options.contenders)}")
-    options.work.mkdir(parents=True, exist_ok=True)
-    return options
+    return parse_contest(parser, CONTENDERS)
 
 
 def measure(place: Place, size: str, options: argparse.Namespace) -> dict[str, Any]:
     """Every result of every round by contender; the contenders that could not run and why; references; bandwidths."""
     make_checkpoint(place, size)
     job = prompts(place, options)
-    models, missing = {}, {}
-    for name in options.chosen:
-        try:
-            models[name] = CONTENDERS[name].make(place, CONTENDERS[name].flavour)
-        except Missing as error:
-            missing[name] = str(error)
+    models, missing = make_models(place, CONTENDERS, options.chosen)
     rounds: dict[str, list[Result]] = {name: [] for name in models}
     bandwidths = []
     for number in range(options.rounds):
@@ -151,34 +139,41 @@ def table(found: dict[str, Any]) -> str:
     head = ["contender", *(f"decode at {n}: ms" for n in lengths), *(f"tokens/s at {n}" for n in lengths)]
     head += [*(f"of bandwidth at {n}" for n in lengths), *(f"prefill of {n}: tokens/s" for n in lengths)]
     head += ["load s", "peak GB", "read a token MB", "equal greedy tokens"]
-    lines = [f"\n### {found['size']}, read bandwidth {roofline / 1e9:.1f} GB/s\n", row(head), row(["---"] * len(head))]
-    for name, results in rounds.items():
-        decode = [statistics.median(one["decode"][n] for one in results) for n in lengths]
-        prefill = [statistics.median(one["prefill"][n] for one in results) for n in lengths]
-        load, weights = results[0]["load"], results[0]["weight_bytes"]
-        shares = ["-"] * len(lengths)
-        if weights is not None:
-            read = [weights + int(n) * results[0]["slot_bytes"] for n in lengths]
-            shares = [f"{size / time / roofline:.0%}" for size, time in zip(read, decode, strict=True)]
-        cells = [name, *(f"{1e3 * time:.2f}" for time in decode), *(f"{1 / time:.1f}" for time in decode), *shares]
-        cells += [f"{int(n) / time:.0f}" for n, time in zip(lengths, prefill, strict=True)]
-        cells.append("-" if load is None else f"{statistics.median(one['load'] for one in results):.2f}")
-        cells.append(f"{max(one['peak'] for one in results) / 1e9:.2f}")
-        cells += ["-" if weights is None else f"{weights / 1e6:.0f}", agreement(name, results[0], found["references"])]
-        lines.append(row(cells))
+    rows = [cells(name, results, lengths, roofline, found["references"]) for name, results in rounds.items()]
+    lines = [f"\n### {found['size']}, read bandwidth {roofline / 1e9:.1f} GB/s\n", *table_lines(head, rows)]
     lines += [f"\nmissing: {name}: {reason}" for name, reason in found["missing"].items()]
     pairs = [pair for pair in PAIRS if all(name in rounds for name in pair)]
     if pairs:
         head = ["times as fast as", *(f"decode at {n}" for n in lengths), *(f"prefill of {n}" for n in lengths)]
-        lines += ["", row(head), row(["---"] * len(head))]
-        for ours, peer in pairs:
-            ratios = [speedup(rounds[ours], rounds[peer], kind, n) for kind in ("decode", "prefill") for n in lengths]
-            lines.append(row([f"{ours} / {peer}", *(f"{ratio:.2f}" for ratio in ratios)]))
+        kinds = [(kind, n) for kind in ("decode", "prefill") for n in lengths]
+        ratios = [[f"{speedup(rounds[a], rounds[b], kind, n):.2f}" for kind, n in kinds] for a, b in pairs]
+        rows = [[f"{a} / {b}", *of] for (a, b), of in zip(pairs, ratios, strict=True)]
+        lines += ["", *table_lines(head, rows)]
     return "\n".join(lines)
 
 
-def row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def cells(
+    name: str, results: list[Result], lengths: list[str], roofline: float, references: dict[str, dict[str, list[int]]]
+) -> list[str]:
+    """One contender's line: medians over its rounds. roofline: bytes a second that this machine can read."""
+    decode = [statistics.median(one["decode"][n] for one in results) for n in lengths]
+    prefill = [statistics.median(one["prefill"][n] for one in results) for n in lengths]
+    load, weights = results[0]["load"], results[0]["weight_bytes"]
+    shares = ["-"] * len(lengths)
+    if weights is not None:
+        read = [weights + int(n) * results[0]["slot_bytes"] for n in lengths]
+        shares = [f"{size / time / roofline:.0%}" for size, time in zip(read, decode, strict=True)]
+    return [
+        name,
+        *(f"{1e3 * time:.2f}" for time in decode),
+        *(f"{1 / time:.1f}" for time in decode),
+        *shares,
+        *(f"{int(n) / time:.0f}" for n, time in zip(lengths, prefill, strict=True)),
+        "-" if load is None else f"{statistics.median(one['load'] for one in results):.2f}",
+        f"{max(one['peak'] for one in results) / 1e9:.2f}",
+        "-" if weights is None else f"{weights / 1e6:.0f}",
+        agreement(name, results[0], references),
+    ]
 
 
 def speedup(ours: list[Result], peer: list[Result], kind: str, length: str) -> float:

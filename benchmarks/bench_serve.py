@@ -23,6 +23,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+from contest import make_models, parse_contest, table_lines
 from decode_models import ROOT, Missing, Place, make_checkpoint, make_peers
 from full_size_stages import free_port
 from process_figures import measure
@@ -84,32 +85,19 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["demo", "590M"], help="as of bench_decode.py")
-    parser.add_argument("--contenders", nargs="+", default=[""], help=f"names or beginnings: {', '.join(SERVERS)}")
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 4, 8, 16], help="at once")
     parser.add_argument("--requests", type=int, default=2, help="of each stream; one stream alone asks twice as often")
     parser.add_argument("--new-tokens", type=int, default=64, help="of each answer")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--wheels", type=Path, help="a directory of wheels that spares compiling llama-cpp-python")
     parser.add_argument("--work", type=Path, default=ROOT / "build/bench", help="models are shared with bench_decode")
-    options = parser.parse_args()
-    options.chosen = [name for name in SERVERS if name.startswith(tuple(options.contenders))]
-    if not options.chosen:
-        parser.error(f"no contender begins with {' or '.join(options.contenders)}")
-    options.work.mkdir(parents=True, exist_ok=True)
-    return options
+    return parse_contest(parser, SERVERS)
 
 
 def measure_size(size: str, options: argparse.Namespace) -> tuple[Rounds, dict[str, str]]:
     """Every round's figures, and why contenders could not take part."""
     place = Place(options.work / "decode" / size, options.work / "peers", options.threads)
     make_checkpoint(place, size)
-    models, missing = {}, {}
-    for name in options.chosen:
-        try:
-            models[name] = SERVERS[name].make(place, SERVERS[name].flavour)
-        except Missing as error:
-            missing[name] = str(error)
+    models, missing = make_models(place, SERVERS, options.chosen)
     context = json.loads((place.base / "config.json").read_text())["n_positions"]
     given = prompts(place.base, context - options.new_tokens)
     found: Rounds = {name: {streams: [] for streams in options.streams} for name in models}
@@ -176,40 +164,44 @@ def figures(load: Load, peak: int) -> Figures:
 
 def table(size: str, found: Rounds, missing: dict[str, str]) -> str:
     head = ["server", "streams", "tokens/s", "first token ms: p50", "p99", "per token ms: p99", "peak GB", "tokens"]
-    lines = [f"\n### {size}\n", row(head), row(["---"] * len(head))]
-    for name, of in found.items():
-        for streams, rounds in of.items():
-
-            def middle(field: str, rounds: list[Figures] = rounds) -> float:
-                return statistics.median(getattr(one, field) for one in rounds)
-
-            times = [f"{middle(field):.0f}" for field in ("first_p50", "first_p99", "gap_p99")]
-            last = [f"{max(one.peak for one in rounds) / 1e9:.2f}", str(rounds[0].tokens)]
-            lines.append(row([name, str(streams), f"{middle('rate'):.1f}", *times, *last]))
+    rows = [cells(name, streams, rounds) for name, of in found.items() for streams, rounds in of.items()]
+    lines = [f"\n### {size}\n", *table_lines(head, rows)]
     lines += [f"\nmissing: {name}: {reason}" for name, reason in missing.items()]
     counts = next(iter(found.values()), {})
     if 1 in counts and len(counts) > 1:
         head = ["times one stream", *(str(streams) for streams in counts if streams != 1)]
-        lines += ["", row(head), row(["---"] * len(head))]
-        for name, of in found.items():
-            ratios = [ratio(of[streams], of[1]) for streams in of if streams != 1]
-            lines.append(row([name, *(f"{one:.2f}" for one in ratios)]))
+        ratios = {name: [ratio(of[streams], of[1]) for streams in of if streams != 1] for name, of in found.items()}
+        lines += ["", *table_lines(head, ratio_rows(ratios))]
     pairs = [pair for pair in PAIRS if all(name in found for name in pair)]
     if pairs:
         head = ["times as fast, by streams", *map(str, counts)]
-        lines += ["", row(head), row(["---"] * len(head))]
-        for ours, peer in pairs:
-            ratios = [ratio(found[ours][streams], found[peer][streams]) for streams in counts]
-            lines.append(row([f"{ours} / {peer}", *(f"{one:.2f}" for one in ratios)]))
+        ratios = {f"{a} / {b}": [ratio(found[a][streams], found[b][streams]) for streams in counts] for a, b in pairs}
+        lines += ["", *table_lines(head, ratio_rows(ratios))]
     return "\n".join(lines)
+
+
+def cells(name: str, streams: int, rounds: list[Figures]) -> list[str]:
+    rate, *times = (
+        statistics.median(getattr(one, field) for one in rounds)
+        for field in ("rate", "first_p50", "first_p99", "gap_p99")
+    )
+    peak = max(one.peak for one in rounds)
+    return [
+        name,
+        str(streams),
+        f"{rate:.1f}",
+        *(f"{time:.0f}" for time in times),
+        f"{peak / 1e9:.2f}",
+        str(rounds[0].tokens),
+    ]
+
+
+def ratio_rows(ratios: dict[str, list[float]]) -> list[list[str]]:
+    return [[name, *(f"{one:.2f}" for one in of)] for name, of in ratios.items()]
 
 
 def ratio(ours: list[Figures], others: list[Figures]) -> float:
     return statistics.median(one.rate / other.rate for one, other in zip(ours, others, strict=True))
-
-
-def row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def plain(found: Rounds) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What this machine has and lacks, found by trying each part on something tiny."""
 
-import json
 import logging
 import platform
 import shutil
@@ -53,21 +52,8 @@ class Diagnosis:
     def exit_code(self) -> int:
         return EnvironmentLacking.exit_code if self.lacking else 0
 
-    def error(self) -> EnvironmentLacking | None:
-        """One message that names everything `run` would lack, or None."""
-        if not self.lacking:
-            return None
-        return EnvironmentLacking(
-            "`exporter run` would lack "
-            + "; ".join(f"{check.name} (for {', '.join(check.needed_by)}): {check.detail}" for check in self.lacking),
-            todo="; ".join(check.todo for check in self.lacking if check.todo),
-        )
-
     def to_dict(self) -> dict[str, Any]:
         return {"exit_code": self.exit_code, "checks": [asdict(check) for check in self.checks]}
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
 
 
 def doctor(directory: Path = Path()) -> Diagnosis:

@@ -1,4 +1,4 @@
-"""One class per exit code. An error is one message: what was seen, what was expected, what to do."""
+"""One class per exit code (3 is a verdict, no error). An error is one message: seen, expected, what to do."""
 
 import errno
 
@@ -34,12 +34,6 @@ class UsageError(ExporterError):
     """A flag, an argument or an output directory that the command cannot use."""
 
     exit_code = 2
-
-
-class NotEnoughEvidence(ExporterError):
-    """Parity is inconclusive, a mutant survived, or the adapter is too small to verify."""
-
-    exit_code = 3
 
 
 class InputRefused(ExporterError):

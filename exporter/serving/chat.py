@@ -13,7 +13,7 @@ from exporter.errors import InputRefused
 from exporter.prompts import render_chat
 from exporter.serving.bodies import ChatBody, Message, RenderBody, parse
 from exporter.serving.failures import Failure
-from exporter.serving.generation import Choice, Piece, Prompt, usage
+from exporter.serving.generation import Choice, Piece, Prompt, joined, usage
 from exporter.serving.logprobs import chat_logprobs
 from exporter.serving.models import Model
 from exporter.serving.reading import read_body
@@ -37,7 +37,7 @@ async def create_chat_completion(service: Service, request: HttpRequest) -> Resp
         head |= {"object": "chat.completion.chunk"}
         return EventStream(request, _chunks(head, pieces, body, model, choices), choices)
     found = await collected(request, choices)
-    whole = [_choice(pieces, body, model) for pieces in found]
+    whole = [_choice(joined(pieces), body, model) for pieces in found]
     return JSONResponse(head | {"object": "chat.completion", "choices": whole, "usage": usage(choices, 1)})
 
 
@@ -75,15 +75,12 @@ def _scored(piece: Piece, body: ChatBody, model: Model) -> dict[str, Any] | None
     return {"content": chat_logprobs(piece.tokens, model.vocabulary, body.top_logprobs or 0), "refusal": None}
 
 
-def _choice(pieces: Sequence[Piece], body: ChatBody, model: Model) -> dict[str, Any]:
-    text = "".join(piece.text for piece in pieces)
-    tokens = tuple(token for piece in pieces for token in piece.tokens)
-    whole = Piece(pieces[0].index, text, tokens, pieces[-1].finish_reason)
+def _choice(piece: Piece, body: ChatBody, model: Model) -> dict[str, Any]:
     return {
-        "index": whole.index,
-        "message": {"role": "assistant", "content": text, "refusal": None},
-        "logprobs": _scored(whole, body, model),
-        "finish_reason": whole.finish_reason,
+        "index": piece.index,
+        "message": {"role": "assistant", "content": piece.text, "refusal": None},
+        "logprobs": _scored(piece, body, model),
+        "finish_reason": piece.finish_reason,
     }
 
 

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from exporter.serving.bodies import CompletionBody, parse
 from exporter.serving.failures import Failure
-from exporter.serving.generation import Choice, Piece, Prompt, usage
+from exporter.serving.generation import Choice, Piece, Prompt, joined, usage
 from exporter.serving.logprobs import completion_logprobs
 from exporter.serving.models import Model
 from exporter.serving.reading import read_body
@@ -42,7 +42,7 @@ async def create_completion(service: Service, request: HttpRequest) -> Response:
         pieces = await begun(request, choices)
         return EventStream(request, _chunks(head, pieces, body, model, choices, len(prompts)), choices)
     found = await collected(request, choices)
-    whole = [_choice(_joined(pieces), body, model) for pieces in found]
+    whole = [_choice(joined(pieces), body, model) for pieces in found]
     return JSONResponse(head | {"choices": whole, "usage": usage(choices, len(prompts))})
 
 
@@ -62,12 +62,6 @@ def read_prompts(body: CompletionBody, model: Model) -> list[Prompt]:
             text = model.vocabulary.tokenizer.decode(one, skip_special_tokens=False) if known else ""
             prompts.append(Prompt(tuple(one), text))
     return prompts
-
-
-def _joined(pieces: Sequence[Piece]) -> Piece:
-    text = "".join(piece.text for piece in pieces)
-    tokens = tuple(token for piece in pieces for token in piece.tokens)
-    return Piece(pieces[0].index, text, tokens, pieces[-1].finish_reason)
 
 
 def _choice(piece: Piece, body: CompletionBody, model: Model) -> dict[str, Any]:

@@ -39,6 +39,13 @@ class Piece:
     finish_reason: FinishReason | None = None
 
 
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """All pieces of one choice as one."""
+    text = "".join(piece.text for piece in pieces)
+    tokens = tuple(token for piece in pieces for token in piece.tokens)
+    return Piece(pieces[0].index, text, tokens, pieces[-1].finish_reason)
+
+
 class Choice:
     """One of an answer's texts while it is made. `echo`: the prompt comes first, as a piece of its own."""
 

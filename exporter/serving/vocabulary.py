@@ -42,10 +42,6 @@ class Vocabulary:
             self._known[id] = self._bytes(id)
         return self._known[id]
 
-    def token_text(self, id: int) -> str:
-        """The token for a person: U+FFFD where its bytes are no whole character."""
-        return self.token_bytes(id).decode("utf-8", "replace")
-
     def offsets(self, ids: Sequence[int]) -> list[int]:
         """For each token of a whole text, how many characters stand in front of it."""
         decoder, found, length = DecodeStream(skip_special_tokens=False), [], 0

@@ -148,8 +148,8 @@ def test_logprobs_are_the_log_softmax_of_the_runners_logits(
     own = [expected[i, token] for i, token in enumerate(ids[1:])]
     np.testing.assert_allclose(np.array(found.token_logprobs[1:], float), own, atol=1e-4)
     for row, top, token in zip(expected, found.top_logprobs[1:], ids[1:], strict=False):
-        best = {vocabulary.token_text(int(i)): row[i] for i in np.argsort(-row)[:4]} | {
-            vocabulary.token_text(token): row[token]
+        best = {vocabulary.token_bytes(int(i)).decode(): row[i] for i in np.argsort(-row)[:4]} | {
+            vocabulary.token_bytes(token).decode(): row[token]
         }
         assert top.keys() == best.keys()
         np.testing.assert_allclose([top[key] for key in best], list(best.values()), atol=1e-4)

@@ -1,6 +1,5 @@
 """LoRA on all linear layers of many architectures: PEFT's bits, and a checkpoint that transformers loads whole."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,7 @@ from safetensors.torch import load_file
 from exporter.errors import InputRefused
 from tests.merging.oracle import TOKENS, assert_merged_as_peft, make_random_pair, merge, stored
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import functools
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,7 @@ from transformers import (
 from exporter.errors import InputRefused
 from exporter.merging.peft_layer import MERGEABLE, AdapterNames, merge_module, split_names, targeted_modules
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Both merges must use as many threads: FFT and SVD round differently. For tiny matrices one is fastest."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
 
 SIZES: dict[str, Any] = {"vocab_size": 48, "bos_token_id": 0, "eos_token_id": 0}

@@ -6,8 +6,8 @@
 The base is the trained demo pair, widened (`make_base.py --from-demo`): sharded pytorch_model-*.bin in float16, with
 the buffers of 2023. Each stage is a process of its own. A finished stage counts while it would be asked the same of
 the same bytes and its outputs are as it left them; one that was interrupted is made again whole, so that its figures
-are of a whole run. Exit codes: 0, 1 over a budget or a stage that failed, else what `verify` gave (1 or 3), 2 usage,
-5 too little disk, 130 and 143.
+are of a whole run. `verify` alone goes on from its logits, and says that its figures are of the last part. Exit codes:
+0, 1 over a budget or a stage that failed, else what `verify` gave (1 or 3), 2 usage, 5 too little disk, 130 and 143.
 """
 
 import argparse
@@ -163,6 +163,7 @@ def execute(stage: Stage, work: Path, request: Mapping[str, Any]) -> Record:
     scratch = work / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
+    resumed = bool(stage.keeps) and (work / stage.keeps).exists()
     port, said, load = free_port(), [], os.getloadavg()[0]
     ended = measure(
         [word.format(port=port) for word in stage.command],
@@ -176,7 +177,8 @@ def execute(stage: Stage, work: Path, request: Mapping[str, Any]) -> Record:
     if ended.code not in fine or said == [""]:
         line = next(iter(ended.error.strip().splitlines()[:1]), "no message")
         return {"state": "failed", "note": f"exit code {ended.code}: {line}", "figures": asdict(ended.figures)}
-    note = said[0] if said else stage.show(ended.out) if stage.show else ""
+    note = "figures of the last part, after an interruption; " if resumed else ""
+    note += said[0] if said else stage.show(ended.out) if stage.show else ""
     return {
         "state": "done",
         "note": note,
@@ -202,7 +204,7 @@ def commit() -> str:
 def clean(options: argparse.Namespace) -> None:
     """Everything but the report."""
     for path in options.work.iterdir():
-        if path.is_dir() and path.name in ("pair", "merged", "int8", "int4", "scratch"):
+        if path.is_dir() and path.name in ("pair", "merged", "int8", "int4", "scratch", "logits"):
             shutil.rmtree(path)
     (options.work / STATE).unlink(missing_ok=True)
 

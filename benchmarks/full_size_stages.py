@@ -42,6 +42,7 @@ class Stage:
     show: Callable[[str], str] | None = None
     serves: bool = False
     removes: tuple[str, ...] = ()  # what a run that was interrupted may have left
+    keeps: str = ""  # where it may have left what it goes on from
 
 
 def stages(size: tuple[str, ...], shard_size: str, new_tokens: int) -> list[Stage]:
@@ -87,13 +88,14 @@ def stages(size: tuple[str, ...], shard_size: str, new_tokens: int) -> list[Stag
         ),
         Stage(
             "verify",
-            (*EXPORTER, "verify", *pair, *bundles, "--level", "commit", "--report", "parity", "--json", "--quiet"),
+            (*EXPORTER, "verify", *pair, *bundles, "--report", "parity", "--scratch", "logits", "--json", "--quiet"),
             ("make base", "merge", "export native", "export int8", "export int4"),
             lambda work: _files(work, "parity"),
             budget=22 * GB,
             verdicts=(1, 3),
             show=_verdict,
             removes=("parity",),
+            keeps="logits",
         ),
         *(
             Stage(

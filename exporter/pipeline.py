@@ -14,6 +14,7 @@ from exporter.errors import UsageError
 from exporter.files import LOCK, lock_directory, removed_if_empty
 from exporter.manifest import MANIFEST, describe_file, file_is_unchanged, read_manifest, stamp, write_stage
 from exporter.progress import SILENT, Progress
+from exporter.sources.unchanged import Stamp, require_unchanged, watch_all
 from exporter.spec import (
     AdapterSpec,
     BaseSpec,
@@ -155,9 +156,11 @@ class _Run:
         self.spec, self.directory, self.force, self.progress = spec, directory, force, progress
         self.merged = directory / "merged"
         self.verdict: dict[str, Any] = {}
+        self.watched: dict[Path, Stamp | None] = {}
 
     def stages(self) -> RunResult:
         base, adapters = self._sources()
+        self.watched = watch_all([base.directory, *(source.directory for source in adapters)])
         outcomes = [self._merge(base, adapters)]
         bundles = []
         for precision in self.spec.export.precisions:
@@ -275,11 +278,14 @@ class _Run:
         return self._stage("verify", request, work)
 
     def _stage(self, name: str, request: Mapping[str, Any], work: Callable[[], Mapping[str, Any]]) -> StageOutcome:
+        """InputRefused where an input changed since the run began: the merge of one base says nothing of another."""
+        require_unchanged(self.watched)
         done = self._section(name)
         if not self.force and done.get("request") == request and self._unchanged(done):
             self.progress.note(f"{name}: done before, unchanged")
             return StageOutcome(name, True, tuple(done["files"]))
         files = work()
+        require_unchanged(self.watched)
         extra = self.verdict if name == "verify" else {}
         write_stage(self.directory, name, {"request": dict(request), "files": dict(files), **extra})
         return StageOutcome(name, False, tuple(files))

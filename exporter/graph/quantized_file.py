@@ -15,7 +15,7 @@ from exporter.files import publish, require_free_space
 from exporter.graph.quantize import BLOCK, quantize_matrix
 from exporter.graph.weights import SCALES, codes_name
 from exporter.merging.layout import ShardLayout, Slot, lay_out
-from exporter.merging.threads import single_threaded
+from exporter.merging.threads import single_threaded, thread_pool
 from exporter.progress import SILENT, Progress
 from exporter.sources.checkpoint import TensorInfo, read_rows, read_tensor
 from exporter.sources.tensors import DTYPES, FLOATS, NAMES
@@ -102,8 +102,8 @@ def write_weights(
             partial.open("wb", buffering=0) as file,
             progress.task(f"write {path.name}", total, "B") as task,
             single_threaded(),
-            ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
-            ThreadPoolExecutor(1) as writer,
+            thread_pool(len(os.sched_getaffinity(0))) as pool,
+            thread_pool(1) as writer,
         ):
             file.truncate(layout.size)
             sink = _Sink(file.fileno(), layout)

@@ -8,7 +8,9 @@ import mmap
 import os
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+
+from exporter.merging.threads import thread_pool
 
 # Large enough that handing a block over costs little, small enough that it is hashed and written from the cache:
 # blocks of 16 MB took three times the system time of these.
@@ -30,7 +32,7 @@ class BlockWriter:
         self._busy: deque[tuple[mmap.mmap | None, list[Future[None]]]] = deque()
         self._blocks = blocks
         # One thread writes: two in one file wait for each other in the kernel, and cost more than they save.
-        self._hasher, self._writer, self._syncer = (ThreadPoolExecutor(1) for _ in range(3))
+        self._hasher, self._writer, self._syncer = (thread_pool(1) for _ in range(3))
         self._moves: list[Future[None]] = []
         self._unsynced = 0
         self._syncing: Future[None] | None = None

@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from exporter.merging.stream import (
     prepare_updates,
     tensor_blocks,
 )
+from exporter.merging.threads import thread_pool
 from exporter.progress import Task
 from exporter.sources.safetensors_file import read_header
 from exporter.sources.tensors import DTYPES, TensorInfo, read_into, read_rows
@@ -86,7 +86,7 @@ def _read_again(path: Path, headers: Mapping[str, TensorInfo], written: Mapping[
     buffers = [bytearray(BLOCK), bytearray(BLOCK)]
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        with ThreadPoolExecutor(1) as hasher:
+        with thread_pool(1) as hasher:
             first = min((info.offset for info in headers.values()), default=path.stat().st_size)
             header = bytearray(first)
             read_into(handle, memoryview(header), 0, path)

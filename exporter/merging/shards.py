@@ -1,7 +1,7 @@
 """All shards of a merge: each is written, read again and proven, and noted in the journal; a few at a time."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -14,7 +14,7 @@ from exporter.merging.output import OutputTensor
 from exporter.merging.plan import MergePlan
 from exporter.merging.proof import prove_shard
 from exporter.merging.stream import write_shard
-from exporter.merging.threads import single_threaded
+from exporter.merging.threads import single_threaded, thread_pool
 from exporter.progress import SILENT, Progress, Task
 
 # Files at once: one file takes one writer, and while one shard waits for its bytes the others compute.
@@ -60,7 +60,7 @@ def write_shards(
             journal.add(name, finished)
             return finished
 
-        with single_threaded(), ThreadPoolExecutor(WORKERS) as pool:
+        with single_threaded(), thread_pool(WORKERS) as pool:
             try:
                 futures = [pool.submit(make, *one) for one in zip(names, layouts, plan.shards, strict=True)]
                 waiting = set(futures)

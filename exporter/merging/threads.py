@@ -1,9 +1,13 @@
-"""How many threads torch takes while a stage has threads of its own."""
+"""A stage's own threads, and how many torch takes beside them."""
 
+import mmap
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
+
+ROOM = 32 << 20  # address space: a stack of 8 MB for each of a few threads, and what they allocate to begin
 
 
 @contextmanager
@@ -15,3 +19,15 @@ def single_threaded() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def thread_pool(threads: int) -> ThreadPoolExecutor:
+    """A pool of so many threads; MemoryError where there is no room to begin one.
+
+    Python waits for ever for a thread that found no memory to begin with: github.com/python/cpython/issues/140746.
+    """
+    try:
+        mmap.mmap(-1, ROOM).close()
+    except OSError as error:
+        raise MemoryError("cannot allocate memory for threads") from error
+    return ThreadPoolExecutor(threads)

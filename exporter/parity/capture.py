@@ -45,7 +45,9 @@ def capture(
     """Run the 8-bit reference and write it to `out` (safetensors), for `verify(reference=out)`.
 
     `prompts`, `level` and the chat template (a name or text; default: the adapter's, else the base's) must be those of
-    the later run, which refuses a file made from other tokens. Raises UsageError where `out` is something else.
+    the later run, which refuses a file made from other tokens. Equal inputs, versions and processors give equal bytes
+    (bitsandbytes on a CPU, whatever the number of threads; not tried on a GPU). Raises UsageError where `out` is
+    something else.
     """
     path = Path(out)
     _refuse_foreign_file(path)

@@ -150,7 +150,15 @@ def capture_store(
         "tail": np.array(tail, np.float32),
     }
     metadata = {"format": FORMAT, "tokens_sha256": tokens_sha256, "facts": json.dumps(facts, sort_keys=True)}
-    write_atomically(out, save(tensors, metadata))
+    write_atomically(out, _sorted_header(save(tensors, metadata)))
+
+
+def _sorted_header(file: bytes) -> bytes:
+    """safetensors writes metadata in the order of a hash map, another one each time."""
+    start = 8 + int.from_bytes(file[:8], "little")
+    header = json.dumps(json.loads(file[8:start]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + file[start:]
 
 
 def read_capture(path: Path) -> Capture:

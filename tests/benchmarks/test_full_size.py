@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,18 @@ def test_a_finished_stage_counts_by_content(tmp_path: Path) -> None:
     assert not full_size.holds(record, record["request"], tmp_path)
     (tmp_path / "file").unlink()
     assert not full_size.holds(record, record["request"], tmp_path)
+
+
+def test_an_interrupted_verification_goes_on_and_says_so(tmp_path: Path) -> None:
+    """Hours of logits are kept; the figures of what is left are not taken for those of all."""
+    verify = next(one for one in full_size_stages.stages((), "1GB", 1) if one.name == "verify")
+    assert verify.command[verify.command.index("--scratch") + 1] == verify.keeps
+    line = "import pathlib; kept = pathlib.Path('logits'); print(kept.exists()); kept.mkdir(exist_ok=True); exit(%d)"
+    stage = full_size_stages.Stage("verify", (), (), lambda _: {}, show=str.strip, keeps=verify.keeps)
+    stopped = full_size.execute(replace(stage, command=(sys.executable, "-c", line % 9)), tmp_path, {})
+    assert stopped["state"] == "failed"
+    done = full_size.execute(replace(stage, command=(sys.executable, "-c", line % 0)), tmp_path, {})
+    assert (done["state"], done["note"]) == ("done", "figures of the last part, after an interruption; True")
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_made(

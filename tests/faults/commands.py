@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.numpy import load_file
-
 from exporter.manifest import MANIFEST
 
 PARITY = {"verification.json": "}", "junit.xml": "</testsuites>", "summary.md": "", "report.html": "</html>"}
@@ -124,8 +122,6 @@ def _content(path: Path) -> str:
         stages = json.loads(data)["stages"]
         listed = {stage: _listed(section.get("files", {})) for stage, section in stages.items()}
         return json.dumps(listed, sort_keys=True)
-    if path.name == "reference.safetensors":  # TODO its bytes were seen to differ between runs; why is not known
-        return str(sorted((name, value.shape[1:]) for name, value in load_file(path).items()))
     if path.name in PARITY:
         text = data.decode().rstrip()
         assert text.endswith(PARITY[path.name]), f"{path} is cut off"

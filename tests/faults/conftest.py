@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.commands import COMMANDS, Inputs, made_by, write_spec
-from tests.faults.forked import Ended, Forks
+from tests.forked import Ended, Forks
 from tests.pairs import gpt2_config, make_pair
 from tests.parity.conftest import PROMPTS, write_adapter, write_base
 
@@ -26,13 +26,6 @@ class Undisturbed:
 
 
 @pytest.fixture(scope="session")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    forks = Forks(tmp_path_factory.mktemp("forks"))
-    yield forks
-    forks.close()
-
-
-@pytest.fixture(scope="session")
 def inputs(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     root = tmp_path_factory.mktemp("inputs")
     write_adapter(root / "adapter", write_base(root / "base"))
@@ -41,9 +34,9 @@ def inputs(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 @pytest.fixture(scope="session")
 def large_inputs(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    """26 million weights, so that too little memory is met by them and not by the interpreter alone."""
+    """13 million weights, so that too little memory is met by them and not by the interpreter alone."""
     root = tmp_path_factory.mktemp("large")
-    make_pair(root, gpt2_config(n_embd=1024, n_layer=2, n_positions=512))
+    make_pair(root, gpt2_config(n_embd=1024, n_layer=1, n_positions=256))
     return _complete(forks, root)
 
 
@@ -100,8 +93,9 @@ def pytest_sessionfinish() -> None:
         return
     REPORT.mkdir(exist_ok=True)
     faults = list(dict.fromkeys(fault for fault, _ in _cells))
-    table = {fault: {name: _cell(fault, name) for name in COMMANDS} for fault in faults}
-    lines = ["| fault | " + " | ".join(COMMANDS) + " |", "|---" * (1 + len(COMMANDS)) + "|"]
+    names = [*COMMANDS, "serve"]
+    table = {fault: {name: _cell(fault, name) for name in names} for fault in faults}
+    lines = ["| fault | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
     lines += [f"| {fault} | " + " | ".join(cells.values()) + " |" for fault, cells in table.items()]
     (REPORT / "fault-matrix.md").write_text("\n".join(lines) + "\n")
     (REPORT / "fault-matrix.json").write_text(json.dumps(table, indent=1) + "\n")

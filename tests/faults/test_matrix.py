@@ -19,7 +19,7 @@ import pytest
 from exporter.files import LOCK, lock_directory
 from tests.faults.commands import COMMANDS, Command, Inputs, half_made, made_by
 from tests.faults.conftest import Undisturbed, matrix
-from tests.faults.forked import NONE, Ended, Fault, Forks
+from tests.forked import NONE, Ended, Fault, Forks
 
 SLOW = ("verify", "run")
 KILLS = 4
@@ -104,25 +104,29 @@ def test_killed(scene: Callable[..., Scene], fault: str, name: str, request: pyt
     with matrix(fault, name) as outcome:
         here = scene(name)
         here.begin()
-        chance, kills = random.Random(name), 0
-        for _ in range(2 if name in SLOW else KILLS):
-            ended = here.run(Fault(kill_after=chance.uniform(0, here.wanted.ended.seconds)))
+        chance, seconds = random.Random(name), here.wanted.ended.seconds
+        kills, runs = 0, 2 if name in SLOW else KILLS
+        while kills < runs:
+            ended = here.run(Fault(kill_after=chance.uniform(0, seconds)))
             assert ended.code in (-signal.SIGKILL, here.wanted.ended.code), ended.log
-            kills += ended.code == -signal.SIGKILL
             here.nothing_is_half_made()
-        assert kills, "no kill fell"
+            kills += ended.code == -signal.SIGKILL
+            if ended.code != -signal.SIGKILL:  # it was faster this time
+                seconds = min(seconds, ended.seconds)
+                shutil.rmtree(here.out, ignore_errors=True)
+                here.begin()
         here.goes_on()
         outcome("goes on, same bytes")
 
 
 @each(fault="SIGKILL before a call", only=lambda command: command.writes)
 def test_killed_before_what_changes_the_disk(scene: Callable[..., Scene], fault: str, name: str) -> None:
-    """Before the first, a middle and the last sync, renaming and removal."""
+    """Before the first and the last sync, renaming and removal."""
     with matrix(fault, name) as outcome:
         here = scene(name)
         counts = here.wanted.ended.calls
         for call in ("fsync", "replace", "unlink"):
-            for number in {1, (counts[call] + 1) // 2, counts[call]} - {0} if name not in SLOW else {counts[call]}:
+            for number in {1, counts[call]} - {0} if name not in SLOW else {counts[call]}:
                 here.begin()
                 ended = here.run(Fault(call, number, signal=signal.SIGKILL))
                 assert ended.code == -signal.SIGKILL, ended.log
@@ -172,7 +176,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield Path()
         return
     yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def remount(disk: Path, option: str) -> None:
@@ -273,23 +277,22 @@ def test_little_memory(
     fault: str,
     name: str,
 ) -> None:
-    """From hardly any to almost enough, for a model of 53 MB: it says so, or it manages.
+    """None at all, and less than the model's 26 MB take: it says so, or it manages.
 
     Where there is no room even for a thread's own storage, the C library aborts before Python can say anything.
     """
     with matrix(fault, name) as outcome:
         here = Scene(forks, name, large_inputs, tmp_path / "out", undisturbed(name, large_inputs))
+        here.begin()
         codes = set()
-        for room in (2 * MB, 12 * MB, 40 * MB, 120 * MB) if name not in SLOW else (2 * MB, 40 * MB):
-            here.begin()
+        for room in (1, 40 * MB):
             ended = here.run(Fault(memory=room))
             codes.add(ended.code)
             if ended.code in (-signal.SIGABRT, -signal.SIGSEGV):
                 here.nothing_is_half_made()
             elif ended.code != here.wanted.ended.code:
                 assert "memory" in here.refused(ended, 5).lower()
-            here.goes_on()
-            shutil.rmtree(here.out, ignore_errors=True)
+        here.goes_on()
         outcome("exit 5, goes on" if 5 in codes else "manages")
 
 

@@ -6,10 +6,9 @@ import random
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -17,12 +16,14 @@ from transformers import AutoModelForCausalLM
 from exporter.files import LOCK
 from exporter.manifest import MANIFEST
 from exporter.merging.journal import JOURNAL
-from tests.merging.forked import CALLS, Ended, Forks
+from tests.forked import STAGES, Ended, Fault, Forks
 from tests.pairs import Pair, gpt2_config, make_pair
 
 KILLS = 100
 # Without this, planning would take most of a merge of some hundred kilobytes, and most kills would fall into it.
 WRITE_SECONDS = 0.002
+KILLED_BEFORE = ("pwrite", "fsync", "preadv", "replace", "unlink")
+FORCE = {False: (), True: ("--force",)}
 
 
 @dataclass(frozen=True)
@@ -35,22 +36,20 @@ class Stage:
     wanted: Mapping[str, str]
     undisturbed: Ended
 
-    def call(self, out: Path, **changes: Any) -> dict[str, Any]:
-        call = {"base": str(self.pair.base), "adapter": str(self.pair.adapter), "out": str(out)}
-        return {**call, "shard_size": 40_000, "memory": 200_000, **changes}
+    def command(self, out: Path, *more: str) -> list[str]:
+        pair = ["--base", str(self.pair.base), "--adapter", str(self.pair.adapter)]
+        return ["merge", *pair, "--out", str(out), "--shard-size", "40kB", "--memory", "200kB", "--quiet", *more]
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+def stage(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Stage:
     directory = tmp_path_factory.mktemp("crash")
     pair = make_pair(directory, gpt2_config(n_layer=1))
-    forks = Forks(directory)
-    begun = Stage(forks, pair, directory / "old", {}, Ended(0, 0.0, "", {}, ""))
-    forks.run(begun.call(directory / "old", weight=[0.5], shard_size=80_000))
-    undisturbed = forks.run(begun.call(directory / "wanted"), write_seconds=WRITE_SECONDS)
+    begun = Stage(forks, pair, directory / "old", {}, Ended(0, 0.0, {}, "", ""))
+    forks.run(begun.command(directory / "old", "--weight", "0.5", "--shard-size", "80kB"))
+    undisturbed = forks.run(begun.command(directory / "wanted"), Fault(slow=WRITE_SECONDS))
     assert undisturbed.code == 0, undisturbed.log
-    yield Stage(forks, pair, directory / "old", visible(directory / "wanted"), undisturbed)
-    forks.close()
+    return Stage(forks, pair, directory / "old", visible(directory / "wanted"), undisturbed)
 
 
 def visible(out: Path) -> dict[str, str]:
@@ -96,12 +95,17 @@ def finished_shards(out: Path) -> dict[str, int]:
 def resume(stage: Stage, out: Path, *, force: bool) -> int:
     """Run to the end and compare everything. Returns how many shards were not written again."""
     kept = finished_shards(out)
-    ended = stage.forks.run(stage.call(out, force=force))
+    ended = stage.forks.run(stage.command(out, *FORCE[force]))
     assert ended.code == 0, ended.log
     assert visible(out) == stage.wanted
     assert {path.name for path in out.iterdir()} == set(stage.wanted), "something is left over"
     assert {name: (out / name).stat().st_ino for name in kept} == kept, "a finished shard was written again"
     return len(kept)
+
+
+def phase(ended: Ended) -> str:
+    """The last one that began."""
+    return next((name for name in reversed(STAGES) if ended.calls[name]), "plan")
 
 
 def begin(stage: Stage, out: Path, over_old: bool) -> dict[str, str]:
@@ -116,7 +120,7 @@ def test_the_undisturbed_run_is_worth_killing(stage: Stage) -> None:
     """Several shards, and each kind of call that the other tests kill before."""
     assert sum(name.endswith(".safetensors") for name in stage.wanted) >= 4
     assert set(stage.wanted) > {"config.json", MANIFEST, "model.safetensors.index.json", "tokenizer.json"}
-    assert all(stage.undisturbed.calls[name] > 3 for name in CALLS)
+    assert all(stage.undisturbed.calls[name] > 3 for name in KILLED_BEFORE)
     assert not set(visible(stage.old).values()) >= set(stage.wanted.values())
 
 
@@ -126,23 +130,22 @@ def test_killed_at_a_hundred_random_moments(stage: Stage, tmp_path: Path) -> Non
     phases: Counter[str] = Counter()
     states: Counter[str] = Counter()
     kills = kept = scenario = 0
-    while kills < KILLS:
+    while kills < KILLS or (kills < 10 * KILLS and not (kept > 10 and set(phases) > set(STAGES) and states["old"])):
         scenario += 1
         out, over_old = tmp_path / str(scenario), scenario % 2 == 0
         old = begin(stage, out, over_old)
         again = True
-        while again and kills < KILLS:
+        while again:
             after = chance.uniform(0, stage.undisturbed.seconds)
-            call = stage.call(out, force=over_old)
-            ended = stage.forks.run(call, kill_after=after, write_seconds=WRITE_SECONDS)
+            ended = stage.forks.run(stage.command(out, *FORCE[over_old]), Fault(kill_after=after, slow=WRITE_SECONDS))
             assert ended.code in (-signal.SIGKILL, 0), ended.log
             kills += 1
-            phases[ended.phase] += 1
+            phases[phase(ended)] += 1
             states[state(stage, out, old)] += 1
             again = chance.random() < 0.4
         kept += resume(stage, out, force=over_old)
         shutil.rmtree(out)
-    assert all(phases[phase] for phase in ("planning", "writing", "proving", "publishing")), phases
+    assert set(phases) == {"plan", *STAGES}
     assert set(states) >= {"old", "partial"}, states
     assert kept > 10, "no kill came after a finished shard, so nothing was seen to be kept"
 
@@ -157,13 +160,15 @@ def test_killed_before_every_call_that_changes_the_disk(
     """Renames and removals one by one; of the many writes, reads and syncs some, the last among them."""
     out = tmp_path / "count"
     begin(stage, out, over_old)
-    count = stage.forks.run(stage.call(out, force=over_old)).calls[call]
+    command = stage.command(out, *FORCE[over_old])
+    count = stage.forks.run(command).calls[call]
     few = range(1, count + 1, 1 if call in ("replace", "unlink") else max(1, count // 4))
     states: Counter[str] = Counter()
     for number in sorted({*few, count}):
         out = tmp_path / str(number)
         old = begin(stage, out, over_old)
-        ended = stage.forks.run(stage.call(out, force=over_old), kill_before=(call, number))
+        command = stage.command(out, *FORCE[over_old])
+        ended = stage.forks.run(command, Fault(call, number, signal=signal.SIGKILL))
         if ended.code == -signal.SIGKILL:
             states[state(stage, out, old)] += 1
         resume(stage, out, force=over_old)
@@ -175,10 +180,10 @@ def test_what_is_begun_goes_on_without_force(stage: Stage, tmp_path: Path) -> No
     """Once the old output is gone, the same command needs no --force to go on, and another command does."""
     out = tmp_path / "out"
     begin(stage, out, True)
-    removals = stage.forks.run(stage.call(tmp_path / "count")).calls["replace"]
-    stage.forks.run(stage.call(out, force=True), kill_before=("replace", removals - 2))
+    removals = stage.forks.run(stage.command(tmp_path / "count")).calls["replace"]
+    stage.forks.run(stage.command(out, "--force"), Fault("replace", removals - 2, signal=signal.SIGKILL))
     assert state(stage, out, {}) == "partial"
-    other = stage.forks.run(stage.call(out, weight=[2.0]))
+    other = stage.forks.run(stage.command(out, "--weight", "2"))
     assert (other.code, state(stage, out, {})) == (2, "partial"), other.log
     assert resume(stage, out, force=False) >= 4
 
@@ -186,8 +191,8 @@ def test_what_is_begun_goes_on_without_force(stage: Stage, tmp_path: Path) -> No
 def test_a_kill_after_the_manifest_leaves_nothing_for_good(stage: Stage, tmp_path: Path) -> None:
     """The journal and the lock file go when the same command finds the merge done."""
     out = tmp_path / "out"
-    unlinks = stage.forks.run(stage.call(tmp_path / "count")).calls["unlink"]
-    ended = stage.forks.run(stage.call(out), kill_before=("unlink", unlinks))
+    unlinks = stage.forks.run(stage.command(tmp_path / "count")).calls["unlink"]
+    ended = stage.forks.run(stage.command(out), Fault("unlink", unlinks, signal=signal.SIGKILL))
     assert ended.code == -signal.SIGKILL
     assert visible(out) == stage.wanted
     assert (out / LOCK).exists()
@@ -199,9 +204,9 @@ def test_a_kill_after_the_manifest_leaves_nothing_for_good(stage: Stage, tmp_pat
 def test_the_next_merge_removes_what_another_one_left(stage: Stage, tmp_path: Path) -> None:
     """Gigabytes of partial shards must not stay because the user chose another weight."""
     out = tmp_path / "out"
-    stage.forks.run(stage.call(out, weight=[3.0]), kill_before=("replace", 4))
+    stage.forks.run(stage.command(out, "--weight", "3"), Fault("replace", 4, signal=signal.SIGKILL))
     assert finished_shards(out)
-    assert stage.forks.run(stage.call(out)).code == 0
+    assert stage.forks.run(stage.command(out)).code == 0
     assert visible(out) == stage.wanted
     assert {path.name for path in out.iterdir()} == set(stage.wanted)
 
@@ -209,30 +214,27 @@ def test_the_next_merge_removes_what_another_one_left(stage: Stage, tmp_path: Pa
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["terminated", "interrupted"]
 )
-@pytest.mark.parametrize("phase", ["writing", "proving"])
-def test_signals_through_the_command_line(stage: Stage, tmp_path: Path, number: int, code: int, phase: str) -> None:
+@pytest.mark.parametrize(("call", "slow"), [("pwrite", 0.5), ("prove_shard", 0.01)], ids=["writing", "proving"])
+def test_signals(stage: Stage, tmp_path: Path, number: int, code: int, call: str, slow: float) -> None:
     """At once, though a shard has long to go: a scheduler kills for good after seconds. The same command goes on."""
     out = tmp_path / "out"
-    command = ["merge", "--base", str(stage.pair.base), "--adapter", str(stage.pair.adapter), "--out", str(out)]
-    command += ["--shard-size", "40kB", "--memory", "200kB", "--quiet"]
-    slow = 0.3 if phase == "writing" else 0.01
-    ended = stage.forks.run({}, cli=command, send=(number, phase), write_seconds=slow)
+    ended = stage.forks.run(stage.command(out), Fault(call, 1, signal=number, slow=slow))
     assert ended.code == code, ended.log
     assert "Traceback" not in ended.log
-    assert slow < 0.1 or ended.calls["pwrite"] < stage.undisturbed.calls["pwrite"] / 4
+    assert slow < 0.1 or ended.calls["pwrite"] < stage.undisturbed.calls["pwrite"] / 2
     assert state(stage, out, {}) == "partial"
     assert set(visible(out)) == set()
     if out.exists():
         names = {path.name for path in out.iterdir()} - {JOURNAL}
         assert names == {f".{name}.partial" for name in finished_shards(out)}, "more than finished shards is left"
-    again = stage.forks.run({}, cli=command)
+    again = stage.forks.run(stage.command(out))
     assert (again.code, again.log.count("Traceback")) == (0, 0)
     assert visible(out) == stage.wanted
 
 
 def test_a_killed_process_frees_its_lock(stage: Stage, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    stage.forks.run(stage.call(out), kill_before=("pwrite", 3))
+    stage.forks.run(stage.command(out), Fault("pwrite", 3, signal=signal.SIGKILL))
     assert (out / LOCK).exists()
     resume(stage, out, force=False)
 
@@ -240,7 +242,7 @@ def test_a_killed_process_frees_its_lock(stage: Stage, tmp_path: Path) -> None:
 def test_a_journal_that_is_damaged_or_lies_is_not_believed(stage: Stage, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for damage in ("{", "[]", '{"request": 1}', "lies", "shards"):
-        stage.forks.run(stage.call(out), kill_before=("replace", 4))
+        stage.forks.run(stage.command(out), Fault("replace", 4, signal=signal.SIGKILL))
         assert finished_shards(out)
         journal = json.loads((out / JOURNAL).read_text())
         if damage == "lies":
@@ -251,6 +253,6 @@ def test_a_journal_that_is_damaged_or_lies_is_not_believed(stage: Stage, tmp_pat
         else:
             journal = None
         (out / JOURNAL).write_text(json.dumps(journal) if journal else damage)
-        assert stage.forks.run(stage.call(out)).code == 0
+        assert stage.forks.run(stage.command(out)).code == 0
         assert visible(out) == stage.wanted
         shutil.rmtree(out)

@@ -50,6 +50,14 @@ def captured(store: LogitStore, path: Path) -> CapturedReference:
     return CapturedReference(read_capture(path), store.documents)
 
 
+def test_equal_captures_are_equal_files(store: LogitStore, tmp_path: Path) -> None:
+    """Ten times: safetensors' own order of three facts is a random one of six."""
+    files = [tmp_path / f"{number}.safetensors" for number in range(10)]
+    for file in files:
+        captured(store, file)
+    assert len({file.read_bytes() for file in files}) == 1
+
+
 def test_a_capture_measures_what_the_live_reference_measures(store: LogitStore, tmp_path: Path) -> None:
     live, file = LiveReference(store, {}), captured(store, tmp_path / "r.safetensors")
     for document in store.documents:

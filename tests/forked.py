@@ -1,9 +1,10 @@
 """Any command of Exporter in a forked process, with a fault put into it: a fifth of a second each instead of ten.
 
-As tests/merging/forked.py does for merges: a server has imported everything and run no operation of torch, whose
-threads a fork would lose; it forks once for each job.
+A server has imported everything and run no operation of torch, whose threads a fork would lose; it forks once for each
+job. What a job called is counted in memory that both processes see, so that a test knows where a kill fell.
 """
 
+import itertools
 import json
 import mmap
 import os
@@ -20,8 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-CALLS = ("pwrite", "fsync", "preadv", "replace", "unlink", "read_bytes")
-TIMEOUT = 120.0
+SYSTEM = ("pwrite", "fsync", "preadv", "replace", "unlink", "read_bytes")
+STAGES = ("write_shard", "prove_shard", "publish_checkpoint")  # of a merge
+CALLS = (*SYSTEM, *STAGES)
+TIMEOUT = 300.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Fault:
     kill_after: seconds until SIGKILL. signal: sent at the call. error: that call and all later ones fail with it.
     replace: (new, old): the file `new` is renamed to `old` at the call. memory: bytes of address space that are left.
     clock: time.time goes backwards. hide_full: the disk is said to have room. scratch: where temporary files go.
+    slow: seconds that each pwrite takes more.
     """
 
     call: str = ""
@@ -43,6 +47,7 @@ class Fault:
     clock: bool = False
     hide_full: bool = False
     scratch: str = ""
+    slow: float = 0.0
 
 
 NONE = Fault()
@@ -75,7 +80,7 @@ class Forks:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            cwd=Path(__file__).parents[2],
+            cwd=Path(__file__).parents[1],
             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         )
         self.run(["version"])  # the server is ready
@@ -150,6 +155,7 @@ def _wait(child: int, kill_after: float | None, began: float) -> int:
 def _child(job: Mapping[str, Any], fault: Fault, counts: _Counts) -> None:
     code = 70
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job that a shell runs in the background
         for descriptor, path in ((1, job["out"]), (2, job["log"])):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -169,6 +175,8 @@ def _child(job: Mapping[str, Any], fault: Fault, counts: _Counts) -> None:
 
 
 def _put_in(fault: Fault, counts: _Counts) -> None:
+    from exporter.merging import merge, shards
+
     def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **keywords: Any) -> Any:
             number = counts.count(name)
@@ -179,19 +187,23 @@ def _put_in(fault: Fault, counts: _Counts) -> None:
                     Path(fault.replace[0]).rename(fault.replace[1])
             if name == fault.call and fault.error and number >= fault.number:
                 raise OSError(fault.error, os.strerror(fault.error))
+            if name == "pwrite":
+                time.sleep(fault.slow)
             return function(*arguments, **keywords)
 
         return call
 
     for name in CALLS:
         owner: Any = Path if name in ("replace", "unlink", "read_bytes") else os
+        if name in STAGES:
+            owner = merge if name == "publish_checkpoint" else shards
         setattr(owner, name, watched(name, getattr(owner, name)))
     if fault.hide_full:
         usage = shutil.disk_usage("/")
         shutil.disk_usage = lambda _: usage._replace(free=1 << 50)
     if fault.clock:
-        now = iter(range(2_000_000_000, 0, -86_400))
-        time.time = lambda: float(next(now))
+        now = itertools.count(2_000_000_000.0, -60.0)
+        time.time = lambda: next(now)
     if fault.scratch:
         tempfile.tempdir = fault.scratch
     if fault.memory:

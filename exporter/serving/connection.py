@@ -1,8 +1,9 @@
-"""uvicorn's HTTP/1.1 connection, less patient: with who sends no request, and with who does not read the answer."""
+"""uvicorn's HTTP/1.1 connection, less patient: with who sends no request or a broken one, or reads no answer."""
 
 import asyncio
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from exporter.serving.service import Limits
@@ -28,6 +29,18 @@ class Connection(H11Protocol):
             self._head = _stop(self._head)
         elif self._head is None:
             self._head = self.loop.call_later(self.limits.read, self.transport.abort)
+
+    def send_400_response(self, msg: str) -> None:
+        """A body that breaks off is found out when its request is being answered already: that answer ends here.
+
+        uvicorn would go on with both, and h11 takes no second answer to one request.
+        """
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -2,6 +2,7 @@
 
 import json
 import socket
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -201,6 +202,36 @@ def test_what_is_no_http_is_400(server: Running) -> None:
             raw.sendall(junk)
             assert raw.recv(100).startswith(b"HTTP/1.1 400 ")
     assert server.get("/healthz").status_code == 200
+
+
+CHUNKED = b"Host: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("line", [b"GET /healthz HTTP/1.1\r\n", b"POST /v1/none HTTP/1.1\r\n"])
+def test_a_body_that_breaks_off_in_the_packet_of_its_head_is_400(server: Running, line: bytes) -> None:
+    """The request is answered by then: its answer is not written into the connection that has ended."""
+    host, port = server.url.removeprefix("http://").split(":")
+    seen = len(server.lines())
+    with socket.create_connection((host, int(port)), timeout=20) as raw:
+        raw.sendall(line + CHUNKED + b"no length\r\n")
+        assert b"".join(iter(lambda: raw.recv(1000), b"")).startswith(b"HTTP/1.1 400 ")
+    assert server.get("/healthz").status_code == 200
+    assert [line.get("traceback") for line in server.lines()[seen:] if line["level"] == "error"] == []
+
+
+def test_a_body_that_breaks_off_after_its_answer_closes_the_connection(
+    tiny: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running([f"tiny={tiny}"], limits=Limits(body=10)) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as raw:
+            raw.sendall(b"POST /v1/none HTTP/1.1\r\n" + CHUNKED)
+            assert raw.recv(1000).startswith(b"HTTP/1.1 404 ")
+            raw.sendall(b"no length\r\n")
+            while raw.recv(1000):
+                pass
+        assert server.get("/healthz").status_code == 200
+    assert "data_received" not in caplog.text
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)

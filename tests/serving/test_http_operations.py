@@ -18,7 +18,9 @@ import openai
 import pytest
 from openai import OpenAI
 
+from exporter.errors import EnvironmentLacking, InputRefused, UsageError
 from exporter.runtime.generate import generate
+from exporter.serving.serve import serve
 from exporter.serving.service import Limits
 from tests.serving.running import Running, running
 
@@ -236,25 +238,32 @@ def test_the_key_comes_from_a_file_or_the_environment(tiny: Path, tmp_path: Path
             assert httpx.get(ready["url"] + "/v1/models", headers=headers).status_code == status
 
 
-def fails(*arguments: object, code: int, **environment: str) -> str:
+def fails(*arguments: object, code: int) -> str:
     words = [*EXPORTER, *map(str, arguments)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=os.environ | environment)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
     return done.stderr
 
 
-def test_what_cannot_be_served_is_said(tiny: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_served_is_said(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"port {port} on 127.0.0.1 is in use" in fails(tiny, "--port", port, code=5)
-    assert "no address of this machine" in fails(tiny, "--host", "192.0.2.1", code=5)
-    assert "two models are named" in fails(tiny, tiny, "--port", 0, code=2)
-    assert "no exported graph" in fails(tmp_path, "--port", 0, code=4)
-    assert "API key" in fails(tiny, "--port", 0, code=2, EXPORTER_API_KEY=" ")
-    assert "cannot be read" in fails(tiny, "--port", 0, "--api-key-file", tmp_path / "none", code=2)
-    fails(code=2)
+    with pytest.raises(EnvironmentLacking, match="no address of this machine"):
+        serve(tiny, host="192.0.2.1", port=0)
+    with pytest.raises(UsageError, match="two models are named"):
+        serve([tiny, tiny], port=0)
+    with pytest.raises(InputRefused, match="no exported graph"):
+        serve(tmp_path, port=0)
+    with pytest.raises(UsageError, match="cannot be read"):
+        serve(tiny, port=0, api_key_file=tmp_path / "none")
+    with pytest.raises(UsageError, match="no bundle"):
+        serve([], port=0)
+    monkeypatch.setenv("EXPORTER_API_KEY", " ")
+    with pytest.raises(UsageError, match="API_KEY holds no usable API key"):
+        serve(tiny, port=0)
 
 
 def test_an_open_address_is_warned_of(tiny: Path) -> None:

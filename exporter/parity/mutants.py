@@ -280,7 +280,9 @@ def graph_mutants(subject: GraphSubject, gates: Sequence[Gate]) -> list[Mutant]:
     cache = [gate for gate in gates if gate.id.startswith("cache.")]
     padding = [gate for gate in gates if gate.id.startswith("padding.")]
     row, half = subject.row, max(2, len(subject.row) // 2)
-    shifted = Call(np.array([row]), positions=np.arange(1, len(row) + 1)[None])
+    positions = np.arange(len(row))
+    positions[len(row) // 2 :] += 1  # a rotary model knows distances only, and does not see all of them moved
+    shifted = Call(np.array([row]), positions=positions[None])
     stale = decode_calls(row, half, 2, is_stale=True)
     batch = sorted(subject.rows, key=len)
     alone = [Call(np.array([one])) for one in batch]

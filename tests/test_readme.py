@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from exporter.demonstration import PAIR
+from exporter.graph import export
+from exporter.merging.merge import merge
+from tests.parity.conftest import write_adapter, write_base
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -27,7 +30,10 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory where the README's relative paths hold, with a finished native run under artifacts/demo."""
+    """A directory where the README's relative paths hold, with a finished native run under artifacts/demo.
+
+    What the README leaves to the reader (BASE, ADAPTER, BUNDLE) is a small pair: a command has seconds.
+    """
     place = tmp_path_factory.mktemp("readme")
     (place / "exporter").mkdir()
     (place / "exporter/demo").symlink_to(PAIR)
@@ -35,6 +41,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "artifacts/demo").mkdir(parents=True)
     (place / "m").rename(place / "artifacts/demo/merged")
     run(place, ["export", "artifacts/demo/merged"])
+    write_adapter(place / "adapter", write_base(place / "base", layers=2))
+    merge(base=place / "base", adapter=place / "adapter", out=place / "merged", template="alpaca")
+    export(place / "merged")
     return place
 
 
@@ -48,14 +57,13 @@ def run(place: Path, arguments: list[object]) -> str:
 
 @pytest.mark.parametrize("command", commands())
 def test_a_command_of_the_readme(place: Path, command: str, tmp_path: Path) -> None:
-    values = {"BASE": PAIR / "base", "B": PAIR / "base", "ADAPTER": PAIR / "adapter", "A": PAIR / "adapter"}
-    values |= dict.fromkeys(["CHECKPOINT", "BUNDLE", "MERGED"], "artifacts/demo/merged")
-    values |= {"TEXT": "The", "FILE": "captured"}
-    words = [str(values.get(word, word)) for word in shlex.split(command)]
+    values = {"BASE": "base", "B": "base", "ADAPTER": "adapter", "A": "adapter", "TEXT": "The", "FILE": "captured"}
+    values |= dict.fromkeys(["CHECKPOINT", "BUNDLE", "MERGED"], "merged")
+    words = [values.get(word, word) for word in shlex.split(command)]
     if "DIR" in words:
         for place_of in [i for i, word in enumerate(words) if word == "DIR"]:
             existing = words[place_of - 1] == "--bundle"
-            words[place_of] = "artifacts/demo/merged" if existing else str(tmp_path / "out")
+            words[place_of] = "merged" if existing else str(tmp_path / "out")
     assert Path(words[0]).name == "exporter"
     assert run(place, list(words[1:])).strip()
 

@@ -1,8 +1,7 @@
-"""The first user's recipe, from a hub on loopback that serves the demo pair in the layout of 2023."""
+"""The first user's recipe, from a hub on loopback that serves a small pair in the layout of 2023."""
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from exporter.demonstration import PAIR
 from tests.hub_server import Hub, hub
 from tests.pairs import as_bin
+from tests.parity.conftest import write_adapter, write_base
 
 __all__ = ["hub"]
 RECIPE = Path(__file__).parents[1] / "recipes/gpt-6.7b-alpaca.toml"
@@ -23,8 +22,7 @@ RECIPE = Path(__file__).parents[1] / "recipes/gpt-6.7b-alpaca.toml"
 def published(hub: Hub, tmp_path: Path) -> Hub:
     """Sharded pytorch_model*.bin with attention buffers, adapter_model.bin, no chat template."""
     base, adapter = tmp_path / "old/base", tmp_path / "old/adapter"
-    shutil.copytree(PAIR / "base", base)
-    shutil.copytree(PAIR / "adapter", adapter)
+    write_adapter(adapter, write_base(base, layers=2))
     as_bin(base, shards=2, old_buffers=True)
     torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
     (adapter / "adapter_model.safetensors").unlink()

@@ -1,6 +1,8 @@
 """Data flows one way and imports follow it: a stage never imports a later one."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,10 @@ def test_only_the_command_line_prints() -> None:
         prints = any(isinstance(call, ast.Name) and call.id == "print" for call in calls)
         allowed = ("cli.py", "commands/output.py", "report/schema.py")
         assert not prints or path.relative_to(PACKAGE).as_posix() in allowed, path
+
+
+def test_an_export_of_a_checkpoint_does_not_wait_for_what_reads_adapters() -> None:
+    """transformers takes longer to import than a native export takes as a whole."""
+    code = "import sys, exporter.graph.export; print(*{'transformers', 'peft', 'scipy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

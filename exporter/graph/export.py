@@ -8,12 +8,9 @@ from exporter.errors import InputRefused, UsageError
 from exporter.graph.architectures import read_decoder
 from exporter.graph.bundle import GRAPHS, Bundle, bundle_name
 from exporter.graph.deployment import DEPLOYMENTS, write_deployment
-from exporter.graph.int8_exact import PRECISION as INT8_EXACT
-from exporter.graph.int8_exact import export_int8_exact
 from exporter.graph.native import can_be_pointed_into, export_native
-from exporter.graph.parts import Parts
+from exporter.graph.parts import INT8_EXACT, Parts
 from exporter.graph.quantize import BLOCK, BLOCKS
-from exporter.graph.separate import export_separate
 from exporter.graph.standalone import export_converted
 from exporter.progress import SILENT, Progress
 from exporter.sources.checkpoint import Checkpoint, open_checkpoint
@@ -123,7 +120,11 @@ def _export_parts(
     if not adapters:
         raise UsageError("no adapter", expected="--adapter, once or more")
     parts = Parts(base, adapters, wanted.out, wanted.precisions[0], wanted.block_size, wanted.force)
-    write = export_separate if separate else export_int8_exact
+    # What reads adapters imports transformers, which takes longer than a whole native export.
+    if separate:
+        from exporter.graph.separate import export_separate as write
+    else:
+        from exporter.graph.int8_exact import export_int8_exact as write
     return [write(parts, target, progress) for target in wanted.targets]
 
 

@@ -18,7 +18,7 @@ from exporter.graph.adapters import RuntimeAdapter
 from exporter.graph.architectures import read_decoder
 from exporter.graph.bundle import GRAPHS, Bundle
 from exporter.graph.decoder import Decoder, decoder_weights
-from exporter.graph.parts import Parts
+from exporter.graph.parts import INT8_EXACT, Parts
 from exporter.graph.quantized_file import Stored
 from exporter.graph.standalone import write_bundle
 from exporter.graph.weights import DOWN, UP
@@ -29,7 +29,6 @@ from exporter.progress import Progress
 from exporter.sources.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from exporter.sources.hub import Source, resolve
 
-PRECISION = "int8-exact"
 FORMULA = "y = x W_int8^T + (x A^T) (scale B^T) in float32, W_int8 = code * (absmax * float32(1/127)) of bitsandbytes"
 
 
@@ -47,7 +46,7 @@ def export_int8_exact(parts: Parts, target: str, progress: Progress) -> Bundle:
     opened = [read_runtime_adapter(one.id or one.directory.name, one, layout, decoder) for one in sources]
     stored = _storage(decoder, checkpoint, layout)
     factors = _factors(opened, stored, decoder)
-    bundle = Bundle(parts.out, PRECISION, target, parts.out / GRAPHS[target])
+    bundle = Bundle(parts.out, INT8_EXACT, target, parts.out / GRAPHS[target])
     facts: dict[str, Any] = {
         "provenance": "base and adapters",
         "base": {"source": source.id or str(source.directory), "commit": source.commit},

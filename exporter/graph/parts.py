@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+INT8_EXACT = "int8-exact"  # a precision that only exists with the base and its adapters apart
+
 
 @dataclass(frozen=True, slots=True)
 class Parts:

@@ -82,8 +82,6 @@ def open_bundle(directory: Path, target: str | None = None) -> Bundle:
 
 def bundle_weights(bundle: Bundle) -> Mapping[str, Weight]:
     """The stored weights by checkpoint name; headers only."""
-    if bundle.precision == "optimum":
-        raise InputRefused("optimum keeps the weights under names of its own", expected="a native graph")
     own = bundle.directory / WEIGHTS
     return open_weights(own) if own.is_file() else open_checkpoint(bundle.directory).tensors
 

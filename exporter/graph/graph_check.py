@@ -14,6 +14,8 @@ from exporter.sources.own_files import require_own_files
 DOMAINS = ("", "ai.onnx", "com.microsoft")
 # None of our graphs has a branch or a loop, and none makes a tensor whose size is a number in the graph.
 NOT_OURS = frozenset({"Loop", "Scan", "If", "ConstantOfShape", "SequenceMap", "Optional"})
+# The same of graphs that optimum traces; they make masks of the size of their input.
+NOT_TRACED = NOT_OURS - {"ConstantOfShape"}
 SIZE = 2 << 30  # protobuf's own limit
 
 
@@ -36,11 +38,14 @@ def load_graph(path: Path) -> onnx.ModelProto:
     return model
 
 
-def require_our_operators(path: Path, model: onnx.ModelProto) -> None:
-    """InputRefused for operators that no builder of ours writes: what a graph computes is then bounded by its size."""
+def require_our_operators(path: Path, model: onnx.ModelProto, refused: frozenset[str] = NOT_OURS) -> None:
+    """InputRefused for operators that no builder of ours writes: what a graph computes is then bounded by its size.
+
+    refused: of the standard operators; those of other domains always are.
+    """
     nodes = [node for function in model.functions for node in function.node] + list(model.graph.node)
     for node in nodes:
-        if node.domain not in DOMAINS or node.op_type in NOT_OURS:
+        if node.domain not in DOMAINS or node.op_type in refused:
             raise InputRefused(
                 f"{path} holds the operator {node.domain + '.' if node.domain else ''}{node.op_type}",
                 expected="a graph as exporter writes it",

@@ -1,6 +1,5 @@
 """Architectures without a builder of their own: optimum's exporter, which loads, traces and copies the whole model."""
 
-import shutil
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -10,14 +9,18 @@ from pathlib import Path
 from exporter.errors import EnvironmentLacking, ExporterError, InputRefused, UsageError
 from exporter.files import human_bytes, lock_directory, publish, require_free_space
 from exporter.graph.bundle import GRAPHS, Bundle
+from exporter.graph.companions import companions
 from exporter.graph.free_memory import free_main_memory
+from exporter.graph.optimum_weights import Placed, place_weights
+from exporter.graph.provenance import merged_onto, provenance
+from exporter.graph.weights import WEIGHTS
 from exporter.manifest import MANIFEST, describe_file, read_manifest, versions, write_stage
 from exporter.progress import SILENT, Progress
 from exporter.sources.checkpoint import Checkpoint
 from exporter.sources.tensors import FLOATS
 
 TASK = "text-generation-with-past"
-# fp32 weights, twice while they are saved again as external data
+# fp32 weights, twice while they are saved again
 DISK_FACTOR = 4
 # Peak memory and time: a line through two exports on 2 cores with optimum 2.1 (GPT-2 shapes of 111M and 590M
 # parameters: 2.7 GB in 23 s, 9.5 GB in 67 s). What it takes at any size, and for each byte of the float32 weights.
@@ -43,25 +46,34 @@ def export_with_optimum(
         progress.task(f"optimum exports {checkpoint.directory.name}", 1) as task,
     ):
         _trace(checkpoint.directory, Path(scratch))
+        placed = place_weights(Path(scratch) / GRAPHS["cpu"], checkpoint, progress)
+        _announce(placed, progress)
+        for name, data in companions(checkpoint.directory).items():
+            (Path(scratch) / name).write_bytes(data)
+        files = sorted(file for file in Path(scratch).iterdir() if file.is_file() and not _is_traced(file))
         (directory / MANIFEST).unlink(missing_ok=True)
-        files = sorted(file for file in Path(scratch).iterdir() if file.is_file())
+        for stale in filter(_is_traced, directory.iterdir()):  # of an export that left the weights there
+            stale.unlink()
         for file in files:
             publish(file, directory / file.name)
-        _copy_template(checkpoint.directory, directory)
         bundle = Bundle(directory, "optimum", "cpu", directory / GRAPHS["cpu"])
-        names = [file.name for file in files]
+        manifest = read_manifest(checkpoint.directory)
         section = {
             "precision": bundle.precision,
             "target": bundle.target,
             "graph": bundle.graph.name,
-            "weights": [name for name in names if name.startswith(f"{bundle.graph.name}_data")],
-            "files": {name: describe_file(directory / name) for name in names},
+            "weights": [WEIGHTS] if placed.digests else [],
+            "files": {file.name: describe_file(directory / file.name) for file in files},
             "builder": "optimum",
             "task": TASK,
+            "tensors": dict(placed.digests),
+            "shared": dict(placed.shared),
+            "missing": list(placed.missing),
             "estimated": {"weights": cost.weights, "memory": cost.memory, "seconds": cost.seconds},
+            "provenance": provenance(checkpoint.directory, manifest),
             "source": {file.name: describe_file(file)["sha256"] for file in checkpoint.files},
             "versions": versions(),
-        }
+        } | merged_onto(manifest)
         write_stage(directory, bundle.stage, section)
         task.advance()
     return bundle
@@ -126,7 +138,15 @@ def _trace(checkpoint: Path, output: Path) -> None:
         ) from error
 
 
-def _copy_template(source: Path, directory: Path) -> None:
-    template = source / "chat_template.jinja"
-    if template.is_file():
-        shutil.copyfile(template, directory / template.name)
+def _is_traced(file: Path) -> bool:
+    """The weights as optimum writes them beside a large graph, under names of its own."""
+    return file.name.startswith(f"{GRAPHS['cpu']}_data")
+
+
+def _announce(placed: Placed, progress: Progress) -> None:
+    if placed.missing:
+        names = ", ".join(placed.missing[:4])
+        progress.note(
+            f"{len(placed.missing)} tensors of the checkpoint do not stand in optimum's graph as they are, such as "
+            f"{names}: verify refuses or fails the bundle if they are parameters of the model"
+        )

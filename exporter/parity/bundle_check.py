@@ -37,6 +37,7 @@ from exporter.parity.scoring import LogitStore
 from exporter.parity.statistics import PairTokens
 from exporter.parity.weights import check_weights
 from exporter.progress import Progress
+from exporter.runtime.copying_runner import CopyingRunner, require_known_interface
 from exporter.runtime.runner import Runner
 from exporter.runtime.session import open_session
 from exporter.sources.checkpoint import read_json
@@ -181,8 +182,12 @@ def _runner(bundle: Bundle) -> Runner:
     """The Runner as `load` makes it, for bundles without a manifest too: the files were hashed above."""
     config, adapter = read_json(bundle.directory / "config.json"), bundle.adapter
     plain = GraphBundle(bundle.directory, bundle.format, bundle.target, bundle.graph)
-    runner = Runner(
-        open_session(bundle.graph, bundle.target, None),
+    session = open_session(bundle.graph, bundle.target, None)
+    if bundle.is_traced:
+        require_known_interface(session)
+    kind = CopyingRunner if bundle.is_traced else Runner
+    runner = kind(
+        session,
         adapter.exported if adapter else plain,
         provider=bundle.target,
         n_positions=context(config),

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from exporter.errors import InputRefused
 from exporter.files import sha256_file
 from exporter.graph.bundle import Bundle as GraphBundle
-from exporter.graph.graph_check import load_graph, require_our_operators
+from exporter.graph.bundle import bundles_in
+from exporter.graph.graph_check import NOT_OURS, NOT_TRACED, load_graph, require_our_operators
 from exporter.graph.weights import Quantized, Weight, dequantize, open_weights, unpack
 from exporter.manifest import MANIFEST, file_is_unchanged, read_manifest
 from exporter.parity.int8_base import Onto
@@ -48,6 +49,7 @@ class Bundle:
     weights: Mapping[str, Weight]
     others: tuple[str, ...] = ()  # graphs beside this one, which were not run
     onto: Onto = "original"  # what the manifest says that the adapter was merged onto
+    is_traced: bool = False  # by optimum, as the manifest says: it copies its cache at each call
     adapter: SeparateAdapter | None = None  # chosen at run time; the weights here are those with it
 
     @property
@@ -92,11 +94,14 @@ def open_bundle(directory: Path, progress: Progress = SILENT) -> Bundle:
     graph = graphs[0]
     model = load_graph(graph)
     weights, files = _graph_weights(graph, model)
-    require_our_operators(graph, model)
+    is_traced = any(one.precision == "optimum" for one in bundles_in(directory) if one.graph == graph)
+    require_our_operators(graph, model, NOT_TRACED if is_traced else NOT_OURS)
     hashes, provenance = _check_hashes(directory, [graph, *files], progress)
     others = tuple(path.name for path in graphs[1:])
     onto = merged_onto(directory)
-    return Bundle(directory, graph, _format(model), _target(model), provenance, hashes, weights, others, onto)
+    return Bundle(
+        directory, graph, _format(model), _target(model), provenance, hashes, weights, others, onto, is_traced
+    )
 
 
 def merged_onto(directory: Path) -> Onto:
@@ -136,7 +141,7 @@ def _graph_weights(graph: Path, model: onnx.ModelProto) -> tuple[dict[str, Weigh
             raise InputRefused(
                 f"{graph.name} reads its weights from {location}",
                 expected="safetensors, whose header says which bytes are which tensor",
-                todo="export with `--builder native`",
+                todo="export it again",
             )
         files.append(path)
         weights |= open_weights(path)

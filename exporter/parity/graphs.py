@@ -59,6 +59,7 @@ class GraphSession:
     def __init__(self, model: onnx.ModelProto, directory: Path, target: str) -> None:
         self._session = open_graph(model, directory, target)
         self._past = [value for value in self._session.get_inputs() if value.name.startswith("past_key_values.")]
+        self._taken = {value.name for value in self._session.get_inputs()}
 
     def logits(self, token_ids: Sequence[int], /) -> NDArray[np.float32]:
         """float32 (T, V) of one unpadded row: a Scorer."""
@@ -81,13 +82,17 @@ class GraphSession:
 
     def values(self, names: Sequence[str], token_ids: Sequence[int]) -> dict[str, NDArray]:
         """The named outputs for one unpadded row."""
-        found = self._session.run(list(names), feeds_of(Call(np.array([list(token_ids)])), self._past, []))
+        found = self._session.run(list(names), self._feeds(Call(np.array([list(token_ids)])), []))
         return {name: np.asarray(value) for name, value in zip(names, found, strict=True)}
 
     def _fed(self, call: Call, cache: Cache) -> Fed:
         outputs = ["logits", *(present_name(value.name) for value in self._past)]
-        logits, *present = self._session.run(outputs, feeds_of(call, self._past, cache))
+        logits, *present = self._session.run(outputs, self._feeds(call, cache))
         return Fed(np.asarray(logits, np.float32), [np.asarray(array) for array in present])
+
+    def _feeds(self, call: Call, cache: Cache) -> dict[str, NDArray]:
+        """Without what the graph does not take: one that was traced may find the positions itself."""
+        return {k: v for k, v in feeds_of(call, self._past, cache).items() if k in self._taken}
 
 
 def open_graph(model: onnx.ModelProto, directory: Path, target: str) -> ort.InferenceSession:
@@ -145,7 +150,11 @@ def full_precision(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def wrong_activation(model: onnx.ModelProto) -> onnx.ModelProto | None:
-    """The sibling GELU (erf for tanh, tanh for erf), SiLU for QuickGELU, GELU for ReLU. None without an activation."""
+    """The sibling GELU (erf for tanh, tanh for erf), SiLU for QuickGELU, GELU for ReLU. None without an activation.
+
+    In a traced graph an activation stands in its parts: x sigmoid(x) becomes x sigmoid(1.702 x), erf and tanh change
+    places, scaled to one slope at 0.
+    """
     siblings = {"BiasGelu": "FastGelu", "FastGelu": "BiasGelu", "Gelu": "FastGelu"}
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
@@ -162,7 +171,27 @@ def wrong_activation(model: onnx.ModelProto) -> onnx.ModelProto | None:
                 if attribute.name == "alpha":
                     attribute.f = 1.0 if abs(attribute.f - 1.702) < 1e-3 else 1.702
                     found = True
-    return changed if found else None
+    return changed if found else _wrong_part(changed)
+
+
+def _wrong_part(model: onnx.ModelProto) -> onnx.ModelProto | None:
+    """`model` with another function in the middle of every activation; None where there is no such function."""
+    slope = 2 / np.sqrt(np.pi)  # of erf at 0
+    siblings = {"Sigmoid": ("Sigmoid", 1.702), "Erf": ("Tanh", slope), "Tanh": ("Erf", 1 / slope)}
+    nodes, found = list[onnx.NodeProto](), False
+    for node in model.graph.node:
+        if node.op_type in siblings:
+            found, name = True, f"{node.output[0]}.scaled"
+            node.op_type, scale = siblings[node.op_type]
+            factor = onnx.numpy_helper.from_array(np.array(scale, np.float32), f"{name}.factor")
+            model.graph.initializer.append(factor)
+            nodes.append(onnx.helper.make_node("Mul", [node.input[0], factor.name], [name]))
+            node.input[0] = name
+        nodes.append(node)
+    if found:
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+    return model if found else None
 
 
 def relu_activation(model: onnx.ModelProto) -> onnx.ModelProto | None:
@@ -212,7 +241,7 @@ def not_a_number(model: onnx.ModelProto) -> onnx.ModelProto:
     vocabulary = (
         next(value for value in changed.graph.output if value.name == "logits").type.tensor_type.shape.dim[2].dim_value
     )
-    addend = np.zeros(vocabulary, np.float32)
+    addend = np.zeros(max(1, vocabulary), np.float32)  # every logit, where the graph does not say how many
     addend[0] = np.nan
     for node in changed.graph.node:
         for i, output in enumerate(node.output):

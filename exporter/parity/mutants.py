@@ -283,6 +283,9 @@ def graph_mutants(subject: GraphSubject, gates: Sequence[Gate]) -> list[Mutant]:
     positions = np.arange(len(row))
     positions[len(row) // 2 :] += 1  # a rotary model knows distances only, and does not see all of them moved
     shifted = Call(np.array([row]), positions=positions[None])
+    has_positions = any(value.name == "position_ids" for value in model.graph.input)
+    reason = "the graph takes no position_ids: it finds the positions itself"
+    unmoved = Mutant("positions + 1", "graph", "not applicable", tuple(gate.id for gate in judged), (), reason)
     stale = decode_calls(row, half, 2, is_stale=True)
     batch = sorted(subject.rows, key=len)
     alone = [Call(np.array([one])) for one in batch]
@@ -290,7 +293,7 @@ def graph_mutants(subject: GraphSubject, gates: Sequence[Gate]) -> list[Mutant]:
     straight, moved, *rest = subject.open(model).run([Call(np.array([row])), shifted, *stale, *alone, blind])
     stale_logits, alone_logits = rest[1 : len(stale)], rest[len(stale) : -1]
     mutants = [
-        _meet("positions + 1", judged, "F-O1", pair(subject.carried, moved[0])),
+        _meet("positions + 1", judged, "F-O1", pair(subject.carried, moved[0])) if has_positions else unmoved,
         _meet(
             "stale cache slot", cache, "O-D", pair(straight[0][half:], np.concatenate([one[0] for one in stale_logits]))
         ),
@@ -304,11 +307,14 @@ def graph_mutants(subject: GraphSubject, gates: Sequence[Gate]) -> list[Mutant]:
         expected = tuple(gate.id for gate in padding)
         mutants.append(Mutant("padding not masked", "graph", "not applicable", expected, (), reason))
     activation = wrong_activation if bundle.target == "cpu" else relu_activation
-    for name, change in (("wrong activation", activation), ("q, k, v out of order", wrong_qkv_order)):
+    for name, change, lacking in (
+        ("wrong activation", activation, "the graph has no activation that is known here"),
+        ("q, k, v out of order", wrong_qkv_order, "the graph packs no q, k, v into one input of attention"),
+    ):
         wrong = change(model)
         if wrong is None:
             expected = tuple(gate.id for gate in judged)
-            mutants.append(Mutant(name, "graph", "not applicable", expected, (), "no such node in the graph"))
+            mutants.append(Mutant(name, "graph", "not applicable", expected, (), lacking))
             continue
         mutants.append(_meet(name, judged, "F-O1", pair(subject.carried, subject.open(wrong).logits(row))))
     logits = subject.open(not_a_number(model)).logits(row)

@@ -38,6 +38,7 @@ from exporter.parity.weights import (
     project,
     read_values,
     round_to,
+    row_blocks,
     within_step,
 )
 from exporter.sources.tensors import read_tensor
@@ -125,7 +126,10 @@ def _is_below_rounding(weight: Weight, adapted: Adapted, delta: Float, oracle: O
     kept = allowed_types(weight, oracle.base_info(adapted.name))[-1]
     if not adapted.is_exact:
         return False
-    return np.array_equal(round_to(adapted.original + delta, kept), round_to(adapted.merged, kept))
+    return all(
+        np.array_equal(round_to(adapted.original[rows] + delta[rows], kept), round_to(adapted.merged[rows], kept))
+        for rows in row_blocks(delta)
+    )
 
 
 def _onto_mutant(weights: Mapping[str, Weight], oracle: Oracle, limits: ProjectionLimits) -> Mutant:

@@ -1,6 +1,6 @@
 """Gates without a forward pass: is the adapter in the written weights, is each element right, the rest untouched?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import ml_dtypes
@@ -19,6 +19,7 @@ from exporter.sources.tensors import FLOATS, item_size
 
 Float = NDArray[np.float64]
 CODE_ERROR = 2.0**-10  # in steps: float32 arithmetic when a weight is divided by its scale
+IN_CACHE = 1 << 14  # numbers of an array that are looked at at once
 SUM_ERROR = 2.0**-18  # of float32 sums of products, relative to the largest of a matrix
 NUMPY = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}
 
@@ -61,13 +62,31 @@ def check_elements(stored: Float, adapted: Adapted, dtype: str) -> ElementCheck:
     plus 2^-24 |W'| for the float32 sum that PEFT rounds from. That sum is itself the rounding where one LoRA is stored
     in float32: a last bit may then differ only where the slack touches a boundary. A value only replaced has e = 0.
     """
+    wrong, worst = 0, 0.0
+    for rows in row_blocks(stored):
+        beyond = _beyond(stored, adapted, dtype, rows)
+        outside = ~(beyond <= 0)  # a NaN is wrong
+        if outside.any():
+            wrong, worst = wrong + int(outside.sum()), max(worst, float(beyond[outside].max()))
+    return ElementCheck(wrong, stored.size, worst)
+
+
+def _beyond(stored: Float, adapted: Adapted, dtype: str, rows: slice) -> Float:
+    """How far some rows lie outside the bound of `check_elements`; nothing above 0 is right."""
     sum_is_stored = dtype == "F32" and adapted.is_sum and len(adapted.ranks) == 1
     sum_error = 0.0 if adapted.is_exact or sum_is_stored else 2.0**-24
-    error = adapted.slack + sum_error * np.abs(adapted.merged)
-    low, high = round_to(adapted.merged - error, dtype), round_to(adapted.merged + error, dtype)
-    beyond = np.maximum(low - stored, stored - high)
-    wrong = ~(beyond <= 0)  # a NaN is wrong
-    return ElementCheck(int(wrong.sum()), stored.size, float(beyond[wrong].max()) if wrong.any() else 0.0)
+    merged, got = adapted.merged[rows], stored[rows]
+    error = adapted.slack[rows] + sum_error * np.abs(merged)
+    low, high = round_to(merged - error, dtype), round_to(merged + error, dtype)
+    return np.maximum(low - got, got - high)
+
+
+def row_blocks(values: Float) -> Iterator[slice]:
+    """Rows of an array, a few at a time: what is computed of them stays in a processor's cache."""
+    size = max(1, values[0].size) if len(values) else 1
+    step = max(1, IN_CACHE // size)
+    for start in range(0, len(values), step):
+        yield slice(start, start + step)
 
 
 def project(stored: Float, adapted: Adapted) -> Projection:
@@ -76,21 +95,39 @@ def project(stored: Float, adapted: Adapted) -> Projection:
     Where delta depends on W (IA3, DoRA, replaced values), both sides are taken without their part along W' and W'^3:
     the noise of a quantization has such a part, for it shrinks large weights, and would pass for a part of the change.
     """
+    if adapted.is_sum:
+        return _project_rows(stored, adapted)
     delta, original = adapted.delta, adapted.original
     norm = float(np.linalg.norm(delta))
     relative = norm / max(float(np.linalg.norm(original)), np.finfo(np.float64).tiny)
     if norm == 0:
         return Projection(adapted.name, None, None, relative, None)
-    change = stored - original
-    if not adapted.is_sum:
-        delta, change = _without(delta, adapted.merged), _without(change, adapted.merged)
-        norm = float(np.linalg.norm(delta))
-        if norm == 0:
-            return Projection(adapted.name, None, None, relative, None)
+    delta, change = _without(delta, adapted.merged), _without(stored - original, adapted.merged)
+    norm = float(np.linalg.norm(delta))
+    if norm == 0:
+        return Projection(adapted.name, None, None, relative, None)
     residual = change - delta
     share = float(np.vdot(change, delta)) / norm**2
     error = float(np.sqrt(np.mean(residual**2))) / norm
     return Projection(adapted.name, share, error, relative, float(np.linalg.norm(residual)) / norm)
+
+
+def _project_rows(stored: Float, adapted: Adapted) -> Projection:
+    """`project` where delta does not depend on W: sums over a few rows at a time."""
+    product = squares = of_original = of_residual = 0.0
+    for rows in row_blocks(stored):
+        original = adapted.original[rows]
+        delta, change = adapted.merged[rows] - original, stored[rows] - original
+        product += float(np.vdot(change, delta))
+        squares += float(np.vdot(delta, delta))
+        of_original += float(np.vdot(original, original))
+        change -= delta
+        of_residual += float(np.vdot(change, change))
+    relative = float(np.sqrt(squares)) / max(float(np.sqrt(of_original)), np.finfo(np.float64).tiny)
+    if squares == 0:
+        return Projection(adapted.name, None, None, relative, None)
+    error = float(np.sqrt(of_residual / stored.size / squares))
+    return Projection(adapted.name, product / squares, error, relative, float(np.sqrt(of_residual / squares)))
 
 
 def _without(values: Float, merged: Float) -> Float:
@@ -244,7 +281,9 @@ def allowed_types(weight: TensorInfo, base: TensorInfo) -> list[str]:
 
 def elements_pass(stored: Float, adapted: Adapted, types: Sequence[str]) -> bool:
     """True if all elements are right for one of the types: a tensor is rounded to one type, never a mixture."""
-    return any(check_elements(stored, adapted, dtype).wrong == 0 for dtype in types)
+    return any(
+        all(bool((_beyond(stored, adapted, dtype, rows) <= 0).all()) for rows in row_blocks(stored)) for dtype in types
+    )
 
 
 def within_step(weight: Quantized, stored: Float, wanted: Float) -> bool:

@@ -6,8 +6,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import psutil
 
 INTERVAL = 0.05
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,16 @@ def measure(
     out, error = scratch / "stdout", scratch / "stderr"
     with out.open("wb") as out_file, error.open("wb") as error_file:
         began = time.perf_counter()
-        process = subprocess.Popen(
-            [str(word) for word in command],
-            stdout=out_file,
-            stderr=error_file,
-            env=os.environ | dict(environment or {}),
-            cwd=directory,
-            start_new_session=True,
-            preexec_fn=_die_with_parent,
-        )
+        with _signals_wait():
+            process = subprocess.Popen(
+                [str(word) for word in command],
+                stdout=out_file,
+                stderr=error_file,
+                env=os.environ | dict(environment or {}),
+                cwd=directory,
+                start_new_session=True,
+                preexec_fn=_begin,
+            )
         peaks = _Peaks(process.pid)
         try:
             if meanwhile is not None:
@@ -98,8 +100,20 @@ def measure(
     return Ended(process.returncode, figures, _text(out), _text(error))
 
 
-def _die_with_parent() -> None:
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """What a handler raises while Python runs its hooks of a fork is printed and lost: signals come afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin() -> None:
+    """In the child, which inherits what is blocked."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -1,6 +1,6 @@
 """A GPT-2 checkpoint (safetensors) as GGUF in float32, or quantized by llama.cpp's own function.
 
-    python benchmarks/to_gguf.py CHECKPOINT OUT.gguf [--quantize q8_0|q4_0|f16 --threads 2]
+    python benchmarks/to_gguf.py CHECKPOINT OUT.gguf [--quantize q8_0|q4_0|q4_k_m|f16 --threads 2]
 
 Runs in the peers' environment: gguf, numpy, and llama_cpp for --quantize (then CHECKPOINT is a GGUF file). A tensor at
 a time is in memory. llama.cpp computes GPT-2 with the tanh approximation of gelu, whatever the configuration says: for
@@ -27,6 +27,7 @@ NAMES = {
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
 }
+KINDS = ("f16", "q8_0", "q4_0", "q4_k_s", "q4_k_m")
 BUFFERS = (".attn.bias", ".attn.masked_bias")
 DTYPES = {"F32": np.float32, "F16": np.float16}
 
@@ -35,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--quantize", choices=("f16", "q8_0", "q4_0"))
+    parser.add_argument("--quantize", choices=KINDS)
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
     partial = options.out.with_suffix(".partial")
@@ -124,10 +125,8 @@ def quantize(source: Path, out: Path, kind: str, threads: int) -> None:
     """As llama-quantize does: a tied embedding, which is the head too, is kept better than the rest."""
     import llama_cpp  # pyright: ignore[reportMissingImports]
 
-    ftypes = {"f16": llama_cpp.LLAMA_FTYPE_MOSTLY_F16, "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0}
-    ftypes["q4_0"] = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
     options = llama_cpp.llama_model_quantize_default_params()
-    options.ftype, options.nthread = ftypes[kind], threads
+    options.ftype, options.nthread = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}"), threads
     if code := llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), options):
         raise SystemExit(f"llama.cpp's quantization of {source} gave {code}")
 

@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -27,7 +27,7 @@ app = typer.Typer(
 
 # In the order of the help, each with an example.
 COMMANDS = (
-    (checkpoints.inspect, "exporter inspect --base artifacts/base --adapter artifacts/adapter --json"),
+    (checkpoints.inspect, "exporter inspect --base exporter/demo/base --adapter exporter/demo/adapter --json"),
     (checkpoints.merge, "exporter merge --base owner/base --adapter owner/adapter --out merged"),
     (
         checkpoints.unmerge,
@@ -45,6 +45,22 @@ COMMANDS = (
 )
 for command, example in COMMANDS:
     app.command(epilog=f"`{example}`")(command)
+
+
+def _print_and_exit(wanted: bool) -> None:
+    if wanted:
+        print_version()
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_print_and_exit, is_eager=True, help="Print the version and exit.")
+]
+
+
+@app.callback()
+def flags(version: Version = False) -> None:
+    """What stands before any command."""
 
 
 @app.command(name="version")

@@ -255,7 +255,7 @@ class _Run:
             "reference": spec.reference,
             "prompts": spec.prompts,
             "files": [describe_file(path)["sha256"] for path in files],
-            "stages": {name: self._digests(name) for name in self._done_stages()},
+            "stages": {name: self._digests(name) for name in self._stages_before_verify()},
         }
 
         def work() -> Mapping[str, Any]:
@@ -296,7 +296,7 @@ class _Run:
     def _unchanged(self, section: Mapping[str, Any]) -> bool:
         return all(file_is_unchanged(self.directory / name, entry) for name, entry in section["files"].items())
 
-    def _done_stages(self) -> list[str]:
+    def _stages_before_verify(self) -> list[str]:
         exports = [f"export-{p}-{t}" for p in self.spec.export.precisions for t in self.spec.export.targets]
         return ["merge", *exports]
 

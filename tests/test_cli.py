@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,10 @@ def test_offline_with_a_hub_id_is_5(tmp_path: Path) -> None:
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = call("inspect", "--base", "owner/base", "--adapter", "owner/adapter", "--json", code=5, **environment)
     assert "owner/base" in json.loads(done.stdout)["problems"][0]
+
+
+def test_the_version_is_the_packages() -> None:
+    assert call("--version").stdout == call("version").stdout == f"{version('exporter')}\n"
 
 
 def test_every_command_has_help_with_an_example() -> None:

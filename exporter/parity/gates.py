@@ -17,7 +17,6 @@ from exporter.parity.statistics import PairTokens
 THRESHOLDS = Path(__file__).with_name("thresholds.toml")
 
 Scope = Literal["prompt", "response", "text", "all"]
-SCOPES: tuple[Scope, ...] = ("prompt", "response", "text")
 
 
 @dataclass(frozen=True, slots=True)

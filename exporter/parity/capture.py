@@ -11,6 +11,7 @@ from exporter.files import disk_errors, lock_directory, removed_if_empty
 from exporter.parity.documents import Level, tokens_sha256
 from exporter.parity.inputs import find_template, make_documents, open_pair, resolve_pair
 from exporter.parity.models import TorchScorer, load_reference, reference_environment
+from exporter.parity.outliers import OUTLIERS, count_outlier_columns
 from exporter.parity.reference import capture_store, read_capture
 from exporter.parity.scoring import LogitStore
 from exporter.progress import SILENT, Progress
@@ -63,7 +64,9 @@ def capture(
         text = TEMPLATES.get(template, template) if template else find_template([], pair)
         documents, _ = make_documents(pair, Path(prompts) if prompts else None, level, text)
         store = LogitStore(Path(scratch), documents, pair.vocabulary)
-        store.score("R", TorchScorer(load_reference(pair.base, pair.weighted, pair.rows)), progress)
+        model = load_reference(pair.base, pair.weighted, pair.rows)
+        outliers = count_outlier_columns(model, documents[0].tokens)
+        store.score("R", TorchScorer(model), progress)
         require_unchanged(watched)
         capture_store(
             store,
@@ -71,7 +74,7 @@ def capture(
             tokens_sha256=tokens_sha256(documents),
             base_files=pair.base_files,
             adapter_files=pair.adapter_files,
-            environment=reference_environment(),
+            environment=reference_environment() | {OUTLIERS: outliers},
         )
     return Captured(path, len(documents), store.rows, path.stat().st_size)
 

@@ -198,7 +198,7 @@ def _try_one_token(model: Any) -> None:
 
 
 def reference_environment() -> dict[str, str]:
-    """Where the reference was run: CPU and GPU paths of LLM.int8 differ."""
+    """Where the reference is run: CPU and GPU paths of LLM.int8 differ."""
     device = (
         torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"cpu {torch.backends.cpu.get_cpu_capability()}"
     )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from exporter.errors import InputRefused, UsageError
-from exporter.files import human_bytes, require_free_space
+from exporter.files import human_bytes, require_free_space, write_atomically
 from exporter.manifest import versions
 from exporter.parity.bases import BaseOptions
 from exporter.parity.blocks_choice import Fp32Model, Memory, score_fp32
@@ -30,6 +30,7 @@ from exporter.parity.models import (
     release,
 )
 from exporter.parity.oracle import Oracle
+from exporter.parity.outliers import OUTLIERS, count_outlier_columns
 from exporter.parity.pairs import common_pairs
 from exporter.parity.reference import CapturedReference, LiveReference, Reference, check_capture, read_capture
 from exporter.parity.result import SCHEMA_VERSION, BundleResult, Inputs, Verification, worst_verdict
@@ -154,14 +155,16 @@ def _score_references(
     """T, B, M32 and R, one model in memory at a time. Onto int8, T is D: fp32 over what the base's int8 codes mean."""
     source: Reference
     if reference == "int8":
-        if store.has("R"):
+        outliers = store.directory / "R.outliers"
+        if store.has("R") and outliers.is_file():
             progress.note("score R: done before")
         else:
             model = load_reference(pair.base, pair.weighted, pair.rows)  # first: it is what may be lacking
+            write_atomically(outliers, count_outlier_columns(model, store.documents[0].tokens).encode())
             store.score("R", TorchScorer(model), progress)
             del model
             release()
-        source = LiveReference(store, reference_environment())
+        source = LiveReference(store, reference_environment() | {OUTLIERS: outliers.read_text()})
     else:
         captured = read_capture(Path(reference))
         check_capture(captured, tokens_sha256=tokens, base_files=pair.base_files, adapter_files=pair.adapter_files)

@@ -8,6 +8,8 @@ TOOLS := .venv-tools
 TOOLS_STAMP := $(TOOLS)/.installed
 EXAMPLES ?= 5000
 TESTS ?= tests
+# A file's tests stay in one process: what they share is made once.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -36,13 +38,13 @@ demo: setup ## the whole path on the packaged pair: merge, export, verify
 	$(VENV)/bin/exporter demo
 
 test: setup ## the tests (TESTS=tests/merging for a part)
-	$(VENV)/bin/python -m pytest -m "not slow" $(TESTS)
+	$(VENV)/bin/python -m pytest $(PARALLEL) -m "not slow" $(TESTS)
 
 test-slow: setup ## the tests that take minutes
 	$(VENV)/bin/python -m pytest -m slow $(TESTS)
 
 test-latest: $(LATEST_STAMP) ## the same tests on the newest transformers
-	$(LATEST)/bin/python -m pytest -m "not slow" $(TESTS)
+	$(LATEST)/bin/python -m pytest $(PARALLEL) -m "not slow" $(TESTS)
 
 BUNDLES ?= artifacts/demo/merged artifacts/demo/int8
 

@@ -1,6 +1,5 @@
 """Continuous batching: one worker thread owns the session; streams join and leave between its steps."""
 
-import logging
 import threading
 import time
 
@@ -14,7 +13,6 @@ from exporter.serving.requests import EngineClosed, EngineStats, QueueFull, Reas
 from exporter.serving.scheduler import Lines
 from exporter.serving.streams import EngineStream, Event, deliver
 
-log = logging.getLogger(__name__)
 OF_FREE_MEMORY = 0.5  # that the cache may take where nothing else is said
 ALONE = 4  # times `stall`: how long prompts are computed at once while no stream is waiting for its next token
 
@@ -181,9 +179,8 @@ class BatchingEngine:
                 self._flush()
             if self._batch.decoding:
                 self._batch.decode()
-        except Exception as error:  # a defect: the streams that it may have touched end, the others never notice
-            log.exception("a step failed")
-            self._batch.abandon(EnvironmentLacking(f"an internal error: {type(error).__name__}", todo="try again"))
+        except Exception as error:  # a defect outside any stream's own work: it may have touched all that run
+            self._batch.abandon(error)
         self._flush()
 
     def _next_round(self) -> bool:

@@ -4,7 +4,7 @@ import asyncio
 import gc
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,9 @@ import psutil
 import pytest
 
 from exporter.errors import EnvironmentLacking, ParityFailed, UsageError
+from exporter.runtime.cache import KeyValueCache
 from exporter.runtime.sampling import Sampling
+from exporter.serving import batch
 from exporter.serving.engine import BatchingEngine
 from exporter.serving.requests import EngineClosed, QueueFull, Request, Step
 from tests.serving.arithmetic import (
@@ -291,6 +293,43 @@ def test_a_failing_step_ends_only_the_streams_it_touches(token: int) -> None:
         for i, stream in enumerate(others):
             assert ids(await read(stream)) == continuation([i, 2, 3], 30)[1:]
         assert ids(await read(engine.submit(asked([4, 6, 5], 3)))) == continuation([4, 6, 5], 3)
+
+    with started(pause=0.002) as engine:
+        run(main(engine))
+        stats = engine.stats()
+        assert (stats.failed, stats.running, dict(stats.finished)) == (1, 0, {"length": 3})
+
+
+BAD = [*range(8), 40, 41]  # its head is a neighbour's
+DEFECTS: dict[str, tuple[Any, str, Callable[..., bool], dict[str, Any]]] = {
+    "sampling, for one prompt": (batch, "next_token", lambda _, context, *rest: context == BAD, {}),
+    "sampling, at a step with others": (batch, "next_token", lambda _, context, *rest: context[:-2] == BAD, {}),
+    "logprobs": (batch, "logprobs", lambda *_: True, {"top_logprobs": 3}),
+    "echo": (batch, "logprobs", lambda *_: True, {"top_logprobs": 3, "echo_logprobs": True}),
+    "a head that is copied": (KeyValueCache, "copy_slots", lambda *_: True, {}),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_defect_in_one_streams_own_work_ends_that_stream_alone(defect: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, name, breaks, options = DEFECTS[defect]
+    original = getattr(owner, name)
+
+    def breaking(*arguments: Any) -> Any:
+        return 1 / 0 if breaks(*arguments) else original(*arguments)
+
+    async def main(engine: BatchingEngine) -> None:
+        neighbours = [[*range(8), i] for i in range(2)]
+        streams = [engine.submit(asked(prompt, 30)) for prompt in neighbours]
+        for stream in streams:
+            await anext(stream)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, breaking)
+            with pytest.raises(EnvironmentLacking, match="an internal error: ZeroDivisionError"):
+                await read(engine.submit(asked(BAD, 20, **options)))
+            for stream, prompt in zip(streams, neighbours, strict=True):
+                assert ids(await read(stream)) == continuation(prompt, 30)[1:]
+        assert ids(await read(engine.submit(asked(BAD, 20)))) == continuation(BAD, 20)
 
     with started(pause=0.002) as engine:
         run(main(engine))

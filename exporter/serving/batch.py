@@ -12,7 +12,7 @@ from exporter.errors import EnvironmentLacking, ExporterError
 from exporter.runtime.logprobs import logprobs
 from exporter.runtime.runner import SMALLEST_CHUNK, Runner
 from exporter.runtime.sampling import generators, next_token, require_finite
-from exporter.serving.requests import Reason, Request, Step
+from exporter.serving.requests import OutOfMemory, Reason, Request, Step
 from exporter.serving.scheduler import LEAST_CHUNK, ChunkSize
 from exporter.serving.slots import Slot, longest_head, slot_for, swaps
 from exporter.serving.streams import EngineStream, Event
@@ -72,17 +72,23 @@ class Batch:
         return len(self.running) < len(self.slots)
 
     def admit(self, stream: EngineStream) -> None:
-        """Give a stream one of the free slots."""
+        """Give a stream one of the free slots. One that cannot get it ends with an error."""
+        try:
+            self._place(stream)
+        except Exception as error:
+            self.totals.failed += 1
+            self._emit(stream, _unforeseen(error))
+
+    def _place(self, stream: EngineStream) -> None:
+        """All that may fail comes before the first change: a slot is taken as a whole or not at all."""
         request = stream.request
         row = slot_for(self.slots, request.adapter, request.prompt)
         slot, runner = self.slots[row], self._runners[request.adapter]
         own = longest_head([slot], request.adapter, request.prompt)[1]
         kept = 0 if request.echo_logprobs else max(0, min(own, len(request.prompt) - SMALLEST_CHUNK))
-        slot.taken, slot.adapter, slot.tokens = True, request.adapter, list(request.prompt[:kept])
-        self._cache.adapters[row], self._cache.lengths[row] = request.adapter, kept
-        stream.cached_tokens = kept
+        head = list(request.prompt[:kept])
         stops = runner.stop_tokens if request.stop_tokens is None else request.stop_tokens
-        self.running[row] = active = Active(
+        active = Active(
             stream,
             request,
             row,
@@ -92,6 +98,10 @@ class Batch:
             generators(request.sampling, 1)[0],
             time.monotonic(),
         )
+        slot.taken, slot.adapter, slot.tokens = True, request.adapter, head
+        self._cache.adapters[row], self._cache.lengths[row] = request.adapter, kept
+        stream.cached_tokens = kept
+        self.running[row] = active
         self._prefilling.append(active)
         self.totals.prompt_tokens += len(request.prompt)
         self.totals.reused_tokens += kept
@@ -272,4 +282,6 @@ class Batch:
 def _unforeseen(error: Exception) -> ExporterError:
     """What a stream is told of a defect; the defect itself goes into the log."""
     log.error("a stream failed", exc_info=error)
+    if isinstance(error, MemoryError):
+        return OutOfMemory()
     return EnvironmentLacking(f"an internal error: {type(error).__name__}", todo="try again")

@@ -337,6 +337,35 @@ def test_a_defect_in_one_streams_own_work_ends_that_stream_alone(defect: str, mo
         assert (stats.failed, stats.running, dict(stats.finished)) == (1, 0, {"length": 3})
 
 
+@pytest.mark.parametrize(("error", "told"), [(MemoryError, "out of memory"), (TypeError, "internal error: TypeError")])
+def test_a_stream_that_cannot_get_its_slot_is_told_and_the_slot_stays_free(
+    error: type[Exception], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = list(range(20))
+
+    def breaking(*_: Any) -> Any:
+        raise error
+
+    async def main(engine: BatchingEngine) -> None:
+        await read(engine.submit(asked([*head, 50, 51], 1)))
+        running = engine.submit(asked([7, 8], 40))
+        await anext(running)
+        with monkeypatch.context() as patch:
+            patch.setattr(batch, "generators", breaking)
+            with pytest.raises(EnvironmentLacking, match=told):
+                await read(engine.submit(asked([*head, 50, 51], 5)))
+        assert engine.alive
+        assert ids(await read(running)) == continuation([7, 8], 40)[1:]
+        again = engine.submit(asked([*head, 52, 53], 5))
+        assert ids(await read(again)) == continuation([*head, 52, 53], 5)
+        assert again.cached_tokens == 20  # the slot kept what it held
+
+    with started(pause=0.002, slots=2) as engine:
+        run(main(engine))
+        stats = engine.stats()
+        assert (stats.failed, stats.running, dict(stats.finished)) == (1, 0, {"length": 3})
+
+
 def test_a_defect_of_the_engine_itself_ends_what_runs_and_not_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main(engine: BatchingEngine) -> None:
         stream = engine.submit(asked([1, 2], 50))

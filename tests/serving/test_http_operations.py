@@ -20,6 +20,7 @@ from openai import OpenAI
 
 from exporter.errors import EnvironmentLacking, InputRefused, UsageError
 from exporter.runtime.generate import generate
+from exporter.serving.engine import BatchingEngine
 from exporter.serving.serve import serve
 from exporter.serving.service import Limits
 from tests.serving.running import Running, running
@@ -150,6 +151,39 @@ def test_who_sends_or_reads_nothing_is_cut_off(tiny: Path) -> None:
             for _ in range(2):
                 assert client.get("/healthz").status_code == 200
                 time.sleep(0.5)
+
+
+def test_a_request_that_fails_half_submitted_leaves_no_stream_behind(
+    demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running([f"demo={demo}"]) as server:
+        engine = server.service.engines["demo"]
+        submitted: list[Any] = []
+
+        def submit(request: Any) -> Any:
+            if submitted:
+                raise RuntimeError("a defect")
+            submitted.append(BatchingEngine.submit(engine, request))  # pyright: ignore[reportArgumentType]
+            return submitted[0]
+
+        monkeypatch.setattr(engine, "submit", submit)
+        body = {"model": "demo", "prompt": "One", "n": 2, "max_tokens": 500, "ignore_eos": True}
+        assert server.post("/v1/completions", body).status_code == 500
+        assert submitted[0].cancelled
+        wait_for(lambda: engine.stats().finished == {"cancelled": 1})
+
+
+def test_no_memory_for_a_request_is_503_with_retry_after(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaking(*_: Any) -> Any:
+        raise MemoryError
+
+    with running([f"tiny={tiny}"]) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr("exporter.serving.batch.generators", breaking)
+            response = server.post("/v1/completions", {"model": "tiny", "prompt": "a"})
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "out_of_memory")
+        assert int(response.headers["retry-after"]) >= 1
+        assert server.post("/v1/completions", {"model": "tiny", "prompt": "a"}).status_code == 200
 
 
 def test_a_deadline_ends_an_answer(demo: Path) -> None:

@@ -1,6 +1,5 @@
 """The running streams, one row of the cache each: prompts computed a chunk at a time, then a token a step together."""
 
-import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
@@ -17,8 +16,8 @@ from exporter.serving.scheduler import LEAST_CHUNK, ChunkSize
 from exporter.serving.slots import Slot, longest_head, slot_for, swaps
 from exporter.serving.streams import EngineStream, Event
 
-log = logging.getLogger(__name__)
 Emit = Callable[[EngineStream, Event], object]
+Report = Callable[[BaseException], object]  # of a defect: an exception that is no ExporterError
 
 
 @dataclass(slots=True, eq=False)
@@ -55,8 +54,10 @@ class Totals:
 class Batch:
     """Belongs to one thread. A row holds its stream's keys and values; a free one those of `slots[row].tokens`."""
 
-    def __init__(self, runners: Mapping[str | None, Runner], rows: int, capacity: int, emit: Emit) -> None:
-        self._runners, self._emit, self._capacity = runners, emit, capacity
+    def __init__(
+        self, runners: Mapping[str | None, Runner], rows: int, capacity: int, emit: Emit, report: Report
+    ) -> None:
+        self._runners, self._capacity, self._emit, self._report = runners, capacity, emit, report
         self._ranks = {adapter: rank for rank, adapter in enumerate(runners)}
         self._cache = runners[None].new_cache(rows, capacity)
         self.slots = [Slot() for _ in range(rows)]
@@ -77,7 +78,7 @@ class Batch:
             self._place(stream)
         except Exception as error:
             self.totals.failed += 1
-            self._emit(stream, _unforeseen(error))
+            self._emit(stream, self._told(error))
 
     def _place(self, stream: EngineStream) -> None:
         """All that may fail comes before the first change: a slot is taken as a whole or not at all."""
@@ -237,15 +238,25 @@ class Batch:
         except ExporterError:
             raise
         except Exception as error:  # onnxruntime's own exceptions have no common base
+            self._report(error)
             raise EnvironmentLacking(f"ONNX Runtime failed: {str(error)[:300]}", todo="try again") from error
 
     def _fail(self, actives: list[Active], error: Exception) -> None:
         """End streams with an error; what their rows hold is not reused."""
-        told = error if isinstance(error, ExporterError) else _unforeseen(error)
+        told = self._told(error)
         for active in actives:
             self.slots[active.row].tokens = []
             self._cache.clear_row(active.row)
             self.end(active, told)
+
+    def _told(self, error: Exception) -> ExporterError:
+        """What a stream is told of an error; where that is not all, the error itself is reported."""
+        if isinstance(error, ExporterError):
+            return error
+        self._report(error)
+        if isinstance(error, MemoryError):
+            return OutOfMemory()
+        return EnvironmentLacking(f"an internal error: {type(error).__name__}", todo="try again")
 
     def abandon(self, error: Exception) -> None:
         """The last net: end every running stream with an error, and forget what the cache holds."""
@@ -277,11 +288,3 @@ class Batch:
         if request.top_logprobs is None:
             return Step(token, reason=ended)
         return Step(token, *logprobs(logits, token, request.top_logprobs), reason=ended)
-
-
-def _unforeseen(error: Exception) -> ExporterError:
-    """What a stream is told of a defect; the defect itself goes into the log."""
-    log.error("a stream failed", exc_info=error)
-    if isinstance(error, MemoryError):
-        return OutOfMemory()
-    return EnvironmentLacking(f"an internal error: {type(error).__name__}", todo="try again")

@@ -1,5 +1,6 @@
 """Continuous batching: one worker thread owns the session; streams join and leave between its steps."""
 
+import logging
 import threading
 import time
 
@@ -8,13 +9,18 @@ from exporter.files import human_bytes
 from exporter.runtime.adapters import adapter_names
 from exporter.runtime.memory import free_memory
 from exporter.runtime.runner import Runner
-from exporter.serving.batch import Batch
+from exporter.serving.batch import Batch, Report
 from exporter.serving.requests import EngineClosed, EngineStats, QueueFull, Reason, Request, Step
 from exporter.serving.scheduler import Lines
 from exporter.serving.streams import EngineStream, Event, deliver
 
+log = logging.getLogger(__name__)
 OF_FREE_MEMORY = 0.5  # that the cache may take where nothing else is said
 ALONE = 4  # times `stall`: how long prompts are computed at once while no stream is waiting for its next token
+
+
+def log_defect(error: BaseException) -> None:
+    log.error("a defect", exc_info=error)
 
 
 class BatchingEngine:
@@ -22,6 +28,7 @@ class BatchingEngine:
 
     slots: streams computed at once, as many as fit into `cache_bytes`. capacity: positions of a slot, n_positions by
     default. queue: streams that may wait. stall: seconds by which prompts may hold up the running streams' next token.
+    on_defect: told, in the worker's thread, of every exception that nobody foresaw.
     Raises UsageError, EnvironmentLacking (no room for one slot).
     """
 
@@ -34,6 +41,7 @@ class BatchingEngine:
         capacity: int | None = None,
         queue: int = 64,
         stall: float = 0.1,
+        on_defect: Report = log_defect,
     ) -> None:
         capacity = runner.n_positions if capacity is None else capacity
         if slots < 1 or queue < 1 or not 1 <= capacity <= runner.n_positions or not stall > 0:
@@ -53,8 +61,8 @@ class BatchingEngine:
         self._runner, self._capacity, self._queue, self._stall = base, capacity, queue, stall
         self.adapters = adapter_names(runner.bundle)
         runners = {None: base} | {name: base.with_adapter(name) for name in self.adapters}
-        self._batch = Batch(runners, rows, capacity, self._emit)
-        self._cache_bytes = runner.cache_bytes(rows, capacity)
+        self._batch = Batch(runners, rows, capacity, self._emit, on_defect)
+        self._cache_bytes, self._on_defect = runner.cache_bytes(rows, capacity), on_defect
         self._events: list[tuple[EngineStream, Event]] = []
         self._thread = threading.Thread(target=self._work, name="exporter-engine", daemon=True)
         # Guards what both sides touch: the lines, the three flags, the two counts.
@@ -167,6 +175,8 @@ class BatchingEngine:
         try:
             while self._next_round():
                 self._compute()
+        except BaseException as error:
+            self._on_defect(error)
         finally:  # nobody waits for a worker that has gone, whatever made it go
             with self._condition:
                 self._closed = True

@@ -78,7 +78,7 @@ def serve(
     limits = Limits(body=max_body, choices=min(Limits().choices, queue), request=request_timeout)
     bound = listen(host, port)
     try:
-        opened = [_open(name, directory, provider, threads, slots, queue) for name, directory in names]
+        opened = [_open(name, directory, provider, threads, slots, queue, output) for name, directory in names]
         service = Service(opened, output, limits, key, log_prompts)
         service.start()
         try:
@@ -109,9 +109,12 @@ async def _serve(
     return Ended(url, EXIT_CODES.get(signal.Signals(server.signal), 0) if server.signal else 0)
 
 
-def _open(name: str, directory: Path, provider: str | None, threads: int | None, slots: int, queue: int) -> Bundled:
+def _open(
+    name: str, directory: Path, provider: str | None, threads: int | None, slots: int, queue: int, log: JsonLog
+) -> Bundled:
     runner = load(directory, provider=provider, threads=threads)
-    return bundled(name, BatchingEngine(runner, slots=slots, queue=queue), runner.bundle, runner.provider)
+    engine = BatchingEngine(runner, slots=slots, queue=queue, on_defect=log.defect)
+    return bundled(name, engine, runner.bundle, runner.provider)
 
 
 def read_api_key(file: str | Path | None) -> str | None:

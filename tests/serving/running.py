@@ -62,13 +62,14 @@ def running(
     log_prompts: bool = False,
     drain: float = 10.0,
 ) -> Iterator[Running]:
+    log = io.StringIO()
+    output = JsonLog(log)
     opened = []
     for name, directory in map(split_name, bundles):
         runner = load(directory, threads=1)
-        engine = BatchingEngine(runner, slots=slots, queue=queue)
+        engine = BatchingEngine(runner, slots=slots, queue=queue, on_defect=output.defect)
         opened.append(bundled(name, engine, runner.bundle, runner.provider))
-    log = io.StringIO()
-    service = Service(opened, JsonLog(log), limits, api_key, log_prompts)
+    service = Service(opened, output, limits, api_key, log_prompts)
     bound = listen("127.0.0.1", 0)
     started = threading.Event()
     server = Server(service, bound, drain=drain, on_started=started.set)

@@ -380,8 +380,9 @@ def test_a_defect_of_the_engine_itself_ends_what_runs_and_not_the_engine(monkeyp
         run(main(engine))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_worker_that_dies_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[BaseException] = []
+
     async def main(engine: BatchingEngine) -> None:
         monkeypatch.setattr(engine, "_let_out", lambda: 1 / 0)
         stream = engine.submit(asked([1, 2], 50))
@@ -391,8 +392,9 @@ def test_a_worker_that_dies_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(EngineClosed):
             engine.submit(asked([1], 1))
 
-    with started() as engine:
+    with started(on_defect=found.append) as engine:
         run(main(engine))
+    assert list(map(type, found)) == [ZeroDivisionError]
 
 
 def test_draining_finishes_every_accepted_stream_and_takes_no_more() -> None:

@@ -8,9 +8,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import httpx
@@ -20,6 +21,7 @@ from openai import OpenAI
 
 from exporter.errors import EnvironmentLacking, InputRefused, UsageError
 from exporter.runtime.generate import generate
+from exporter.serving.connection import Connection
 from exporter.serving.engine import BatchingEngine
 from exporter.serving.serve import serve
 from exporter.serving.service import Limits
@@ -66,6 +68,55 @@ def test_a_request_is_one_line_without_its_text(tiny: Path) -> None:
             assert line | {"status": 200, "model": "tiny", "prompt_tokens": 9, "stream": False} == line
             assert line["new_tokens"] == response.json()["usage"]["completion_tokens"]
             assert ("my secret" in json.dumps(line)) is log_prompts
+
+
+def of_defects(lines: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    found = [line for line in lines if line["event"] == "internal_error"]
+    assert all("Traceback (most recent call last)" in line["traceback"] for line in found)
+    return [(line["level"], line["exception"], line["message"]) for line in found]
+
+
+def test_a_defect_in_a_connection_is_a_line(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaking(*_: Any) -> None:
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(Connection, "send_400_response", breaking)
+    with running([f"tiny={tiny}"]) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as raw:
+            raw.sendall(b"no HTTP\r\n\r\n")
+            assert raw.recv(100) == b""
+        assert of_defects(server.lines()) == [("error", "ValueError", "a defect")]
+        assert server.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("place", "code"),
+    [
+        ("exporter.serving.batch.next_token", "computation_failed"),  # in the engine: its stream's last event
+        ("exporter.serving.completions.completion_logprobs", "internal_error"),  # in the app: nothing more comes
+    ],
+)
+def test_what_fails_in_the_middle_of_a_stream_is_an_error_in_the_log(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, place: str, code: str
+) -> None:
+    original, calls = resolve_name(place), []
+
+    def breaking(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) > 1:
+            raise ValueError("a defect")
+        return original(*arguments)
+
+    monkeypatch.setattr(place, breaking)
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 40, "logprobs": 1, "echo": True, "stream": True}
+    with running([f"tiny={tiny}"]) as server:
+        with raw_post(server, body) as raw:
+            assert raw.recv(12) == b"HTTP/1.1 200"
+            wait_for(lambda: any(line["event"] == "request" for line in server.lines()))
+        assert of_defects(server.lines()) == [("error", "ValueError", "a defect")]
+        (line,) = [line for line in server.lines() if line["event"] == "request"]
+        assert (line["level"], line["error"]) == ("error", code)
 
 
 def test_the_key_is_asked_for(tiny: Path) -> None:
@@ -199,9 +250,11 @@ def test_a_deadline_ends_an_answer(demo: Path) -> None:
 
 
 @contextmanager
-def command(*arguments: object, **environment: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+def command(
+    *arguments: object, program: Sequence[str] = EXPORTER, **environment: str
+) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     """`exporter serve ... --json` in a process of its own, and its ready document."""
-    words = [*EXPORTER, *map(str, arguments), "--port", "0", "--json", "--threads", "1"]
+    words = [*program, *map(str, arguments), "--port", "0", "--json", "--threads", "1"]
     process = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
     )
@@ -259,8 +312,29 @@ def test_a_drain_timeout_ends_streams_with_an_error(demo: Path) -> None:
         process.send_signal(signal.SIGINT)
         with pytest.raises(openai.APIError, match="shutting down"):
             list(stream)
-        process.communicate(timeout=30)
+        log = process.communicate(timeout=30)[1]
         assert process.returncode == 130
+    (line,) = [line for line in map(json.loads, log.splitlines()) if line["event"] == "request"]
+    assert (line["level"], line["status"], line["error"]) == ("warning", 200, "shutting_down")
+
+
+DEFECTIVE = """
+import exporter.serving.app, exporter.serving.batch
+from exporter.cli import main
+def breaking(*arguments):
+    raise ValueError("a defect")
+exporter.serving.batch.next_token = exporter.serving.app.render_messages = breaking
+main()
+"""
+
+
+def test_a_defect_is_one_line_without_verbose_too(tiny: Path) -> None:
+    with command(f"tiny={tiny}", program=[sys.executable, "-c", DEFECTIVE, "serve"]) as (process, ready):
+        for path, body in (("completions", {"prompt": "a"}), ("chat/render", {"messages": []})):
+            assert httpx.post(f"{ready['url']}/v1/{path}", json={"model": "tiny"} | body).status_code == 500
+        process.send_signal(signal.SIGTERM)
+        log = process.communicate(timeout=30)[1]
+    assert of_defects(list(map(json.loads, log.splitlines()))) == [("error", "ValueError", "a defect")] * 2
 
 
 def test_the_key_comes_from_a_file_or_the_environment(tiny: Path, tmp_path: Path) -> None:

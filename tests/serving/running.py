@@ -3,8 +3,9 @@
 import asyncio
 import io
 import json
+import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ class Running:
     url: str
     service: Service
     log: io.StringIO
+    bound: socket.socket
+    stop: Callable[[], object]  # as a signal does
 
     def client(self, key: str = "none") -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
@@ -80,7 +83,7 @@ def running(
     thread.start()
     assert started.wait(20)
     try:
-        yield Running(url, service, log)
+        yield Running(url, service, log, bound, lambda: loop.call_soon_threadsafe(server.stop))
     finally:
         loop.call_soon_threadsafe(server.stop)
         thread.join(30)

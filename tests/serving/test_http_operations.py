@@ -16,11 +16,13 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from openai import OpenAI
 
 from exporter.errors import EnvironmentLacking, InputRefused, UsageError
 from exporter.runtime.generate import generate
+from exporter.runtime.runner import Runner
 from exporter.serving.connection import Connection
 from exporter.serving.engine import BatchingEngine
 from exporter.serving.serve import serve
@@ -56,6 +58,43 @@ def test_health_and_figures(demo: Path) -> None:
         assert server.metric("exporter_slots", bundle="demo") == 8
         assert server.metric("exporter_slots_running", bundle="demo") == 0
         assert server.metric("process_resident_memory_bytes") > 1e6
+
+
+def slow_down(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Every step takes so long at least: nothing ends by itself while a test looks."""
+    original = Runner.append
+
+    def append(self: Runner, *arguments: Any) -> Any:
+        time.sleep(seconds)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Runner, "append", append)
+
+
+def health(server: Running) -> list[tuple[int, str]]:
+    answers = [server.get(path) for path in ("/healthz", "/readyz")]
+    return [(answer.status_code, answer.text) for answer in answers]
+
+
+def test_a_draining_server_is_well_and_not_ready(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_down(monkeypatch, 0.01)
+    with running([f"demo={demo}"], drain=60) as server:
+        stream = iter(server.client().completions.create(model="demo", prompt="One", stream=True, **LONG))
+        next(stream)
+        assert health(server) == [(200, "ok\n"), (200, "ready\n")]
+        server.stop()
+        wait_for(lambda: health(server) == [(200, "ok\n"), (503, "not ready\n")])
+        refused = server.post("/v1/completions", {"model": "demo", "prompt": "Two"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert list(stream)[-1].choices[0].finish_reason == "length"
+
+
+def test_a_server_whose_worker_has_died_is_neither_well_nor_ready(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running([f"tiny={tiny}"]) as server:
+        monkeypatch.setattr(server.service.engines["tiny"], "_let_out", lambda: 1 / 0)
+        assert server.post("/v1/completions", {"model": "tiny", "prompt": "a"}).status_code == 503
+        wait_for(lambda: health(server) == [(503, "a worker has ended\n"), (503, "not ready\n")])
+        assert of_defects(server.lines()) == [("error", "ZeroDivisionError", "division by zero")]
 
 
 def test_a_request_is_one_line_without_its_text(tiny: Path) -> None:
@@ -302,6 +341,13 @@ def test_sigterm_in_the_middle_of_a_stream_loses_nothing(demo: Path) -> None:
         assert (process.returncode, out) == (143, "")
         lines = [json.loads(line) for line in log.splitlines()]
         assert lines[-1] | {"event": "stopped", "drained": True} == lines[-1]
+
+
+def test_only_this_machine_reaches_a_server_that_was_not_told_otherwise(tiny: Path) -> None:
+    with command(tiny) as (process, ready):
+        sockets = psutil.Process(process.pid).net_connections("tcp")
+        assert {one.laddr.ip for one in sockets if one.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
+        assert ready["url"].startswith("http://127.0.0.1:")
 
 
 def test_a_drain_timeout_ends_streams_with_an_error(demo: Path) -> None:

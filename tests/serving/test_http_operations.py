@@ -209,17 +209,63 @@ def test_a_client_that_goes_away_frees_its_slot(demo: Path, stream: bool) -> Non
 
 
 @contextmanager
-def raw_post(server: Running, body: dict[str, Any]) -> Iterator[socket.socket]:
+def raw_post(server: Running, body: dict[str, Any], buffer: int = 1 << 16) -> Iterator[socket.socket]:
+    """The connection of a client whose kernel takes about `buffer` bytes without being read."""
     host, port = server.url.removeprefix("http://").split(":")
     content = json.dumps(body).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    with socket.create_connection((host, int(port)), timeout=20) as raw:
+    with socket.socket() as raw:
+        raw.settimeout(20)
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        raw.connect((host, int(port)))
         raw.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         yield raw
 
 
-def test_who_sends_or_reads_nothing_is_cut_off(tiny: Path) -> None:
-    with running([f"tiny={tiny}"], limits=Limits(read=0.3, write=0.3)) as server:
+UNREAD = 4096  # bytes that each side's kernel holds for who reads nothing
+
+
+def test_who_reads_nothing_of_a_stream_is_cut_off_and_its_slot_freed_while_others_are_served(
+    demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = generate(demo, prompt="Two", max_new_tokens=3).text
+    slow_down(monkeypatch, 0.03)
+    body = {"model": "demo", "prompt": "One " * 60, "max_tokens": 300, "temperature": 0, "ignore_eos": True}
+    body |= {"stream": True, "echo": True, "logprobs": 5}
+    with running([f"demo={demo}"], slots=2, limits=Limits(write=1.5)) as server:
+        server.bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD)  # the accepted ones' too
+        engine = server.service.engines["demo"]
+        with raw_post(server, body, UNREAD):
+            wait_for(lambda: engine.stats().running == 1)
+            other = server.client().completions.create(model="demo", prompt="Two", max_tokens=3, temperature=0)
+            assert other.choices[0].text == expected
+            assert engine.stats().running == 1  # not yet cut off
+            wait_for(lambda: engine.stats().running == 0)
+        lines = [line for line in server.lines() if line["event"] == "request"]
+    assert [line["status"] for line in lines] == [200, 499]
+    assert lines[1]["new_tokens"] < 300
+
+
+def test_who_leaves_the_end_of_an_answer_unread_is_cut_off(tiny: Path) -> None:
+    """The answer is written as far as its request is concerned: what holds the rest is the connection."""
+    body = {"model": "tiny", "prompt": "a" * 50, "max_tokens": 4, "n": 4, "echo": True, "logprobs": 5}
+    with running([f"tiny={tiny}"], limits=Limits(write=0.5)) as server:
+        server.bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD)
+        port = server.bound.getsockname()[1]
+
+        def connected() -> bool:
+            its = [one for one in psutil.Process().net_connections("tcp") if one.laddr.port == port]
+            return any(one.status == psutil.CONN_ESTABLISHED for one in its)
+
+        with raw_post(server, body, UNREAD):
+            wait_for(server.lines)
+            assert [line["status"] for line in server.lines()] == [200]
+            assert connected()
+            wait_for(lambda: not connected(), 10)
+
+
+def test_who_sends_nothing_is_cut_off(tiny: Path) -> None:
+    with running([f"tiny={tiny}"], limits=Limits(read=0.3)) as server:
         host, port = server.url.removeprefix("http://").split(":")
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         for sent, expected in (

@@ -26,10 +26,10 @@ def log_defect(error: BaseException) -> None:
 class BatchingEngine:
     """`requests.Engine` over a Runner and its bundle's adapters.
 
-    slots: streams computed at once, as many as fit into `cache_bytes`. capacity: positions of a slot, n_positions by
-    default. queue: streams that may wait. stall: seconds by which prompts may hold up the running streams' next token.
-    on_defect: told, in the worker's thread, of every exception that nobody foresaw.
-    Raises UsageError, EnvironmentLacking (no room for one slot).
+    slots: streams computed at once, as many as fit into `cache_bytes`, half of the free memory by default. capacity:
+    positions of a slot, n_positions by default. queue: streams that may wait. stall: seconds by which prompts may hold
+    up the running streams' next token. on_defect: told, in the worker's thread, of every exception that nobody foresaw.
+    Raises UsageError (also for `cache_bytes` below one slot), EnvironmentLacking (no memory for one slot).
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class BatchingEngine:
         one = runner.cache_bytes(1, capacity)
         rows = min(slots, available // one)
         if rows < 1:
-            raise EnvironmentLacking(
-                f"a slot of {capacity} positions takes {human_bytes(one)}, and {human_bytes(available)} are for them",
-                todo="give the cache more memory, or its slots fewer positions",
-            )
+            seen = f"a slot of {capacity} positions takes {human_bytes(one)}, and {human_bytes(available)} are for them"
+            if cache_bytes is not None:
+                raise UsageError(seen, expected=f"at least {one} bytes", todo="give the cache more memory")
+            raise EnvironmentLacking(seen, todo="free memory: half of what is free is for the cache")
         base = runner.with_adapter(None) if runner.adapter is not None else runner
         self._runner, self._capacity, self._queue, self._stall = base, capacity, queue, stall
         self.adapters = adapter_names(runner.bundle)

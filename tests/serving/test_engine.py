@@ -455,14 +455,17 @@ def test_a_bad_request_is_refused(request_: Request) -> None:
         run(main(engine))
 
 
-def test_slots_are_as_many_as_the_cache_has_room_for() -> None:
+def test_slots_are_as_many_as_the_cache_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     one = 8 * POSITIONS
     runner = as_runner(ArithmeticRunner())
     stats = BatchingEngine(runner, slots=9, cache_bytes=5 * one + 3).stats()
     assert (stats.slots, stats.cache_bytes, stats.capacity) == (5, 5 * one, POSITIONS)
     assert BatchingEngine(runner, slots=9, cache_bytes=5 * one, capacity=16).stats().slots == 9
-    with pytest.raises(EnvironmentLacking, match="a slot of 64 positions takes 512 B, and 511 B"):
+    with pytest.raises(UsageError, match=r"takes 512 B, and 511 B .*\n.* at least 512 bytes"):
         BatchingEngine(runner, cache_bytes=one - 1)
+    monkeypatch.setattr("exporter.serving.engine.free_memory", lambda provider: 2 * one - 2)
+    with pytest.raises(EnvironmentLacking, match="a slot of 64 positions takes 512 B, and 511 B"):
+        BatchingEngine(runner)
     for options in ({"slots": 0}, {"queue": 0}, {"capacity": 0}, {"capacity": 65}, {"stall": 0.0}):
         with pytest.raises(UsageError):
             BatchingEngine(runner, **options)  # pyright: ignore

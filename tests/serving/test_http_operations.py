@@ -22,11 +22,13 @@ from openai import OpenAI
 
 from exporter.errors import EnvironmentLacking, InputRefused, UsageError
 from exporter.runtime.generate import generate
+from exporter.runtime.load import load
 from exporter.runtime.runner import Runner
 from exporter.serving.connection import Connection
 from exporter.serving.engine import BatchingEngine
 from exporter.serving.serve import serve
 from exporter.serving.service import Limits
+from tests.serving.conftest import TINY_POSITIONS
 from tests.serving.running import Running, running
 
 LONG: dict[str, Any] = {"max_tokens": 400, "temperature": 0, "extra_body": {"ignore_eos": True}}
@@ -464,6 +466,20 @@ def test_what_cannot_be_served_is_said(tiny: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("EXPORTER_API_KEY", " ")
     with pytest.raises(UsageError, match="API_KEY holds no usable API key"):
         serve(tiny, port=0)
+
+
+def test_the_cache_memory_bounds_the_slots(tiny: Path) -> None:
+    one = load(tiny).cache_bytes(1, TINY_POSITIONS)
+    with command(f"tiny={tiny}", "--cache-memory", f"{(4 * one - 1) / 1000}kB") as (_, ready):
+        figures = httpx.get(ready["url"] + "/metrics").text
+    assert 'exporter_slots{bundle="tiny"} 3.0' in figures
+    assert f'exporter_cache_bytes{{bundle="tiny"}} {float(3 * one)}' in figures
+    message = fails(tiny, "--port", 0, "--cache-memory", one - 1, code=2)
+    assert f"a slot of {TINY_POSITIONS} positions takes" in message
+    assert f"at least {one} bytes" in message
+    assert "is not a size" in fails(tiny, "--port", 0, "--cache-memory", "0GB", code=2)
+    with pytest.raises(UsageError, match="a slot of"):
+        serve(tiny, port=0, cache_memory=0)
 
 
 def test_an_open_address_is_warned_of(tiny: Path) -> None:

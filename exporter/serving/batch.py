@@ -232,10 +232,10 @@ class Batch:
                     self.running[row], active.row = active, row
 
     def _append(self, actives: list[Active], first: int, ids: np.ndarray, keep: int) -> np.ndarray:
-        """Logits (B, keep, V). Raises ExporterError."""
+        """Logits (B, keep, V). Raises ExporterError, MemoryError."""
         try:
             return self._runners[actives[0].request.adapter].append(self._cache, first, ids, keep)
-        except ExporterError:
+        except (ExporterError, MemoryError):
             raise
         except Exception as error:  # onnxruntime's own exceptions have no common base
             self._report(error)

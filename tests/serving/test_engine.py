@@ -17,7 +17,7 @@ from exporter.runtime.cache import KeyValueCache
 from exporter.runtime.sampling import Sampling
 from exporter.serving import batch
 from exporter.serving.engine import BatchingEngine
-from exporter.serving.requests import EngineClosed, QueueFull, Request, Step
+from exporter.serving.requests import EngineClosed, OutOfMemory, QueueFull, Request, Step
 from tests.serving.arithmetic import (
     FAULT,
     POISON,
@@ -364,6 +364,21 @@ def test_a_stream_that_cannot_get_its_slot_is_told_and_the_slot_stays_free(
         run(main(engine))
         stats = engine.stats()
         assert (stats.failed, stats.running, dict(stats.finished)) == (1, 0, {"length": 3})
+
+
+def test_a_step_without_memory_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaking(*_: Any) -> Any:
+        raise MemoryError
+
+    async def main(engine: BatchingEngine) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(ArithmeticRunner, "append", breaking)
+            with pytest.raises(OutOfMemory):
+                await read(engine.submit(asked([1, 2], 5)))
+        assert ids(await read(engine.submit(asked([1, 2], 5)))) == continuation([1, 2], 5)
+
+    with started() as engine:
+        run(main(engine))
 
 
 def test_a_defect_of_the_engine_itself_ends_what_runs_and_not_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:

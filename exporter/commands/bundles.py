@@ -140,7 +140,10 @@ def serve(
     ],
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and says which.")] = 8000,
-    slots: Annotated[int, typer.Option(min=1, help="Streams of a bundle that are computed at once.")] = 16,
+    slots: Annotated[int, typer.Option(min=1, help="Streams of a bundle that are computed at once, at most.")] = 16,
+    cache_memory: Annotated[
+        str | None, typer.Option(help="The most for a bundle's key-value cache, 2GB; default: half of the free memory.")
+    ] = None,
     queue: Annotated[int, typer.Option(min=1, help="Streams of a bundle that may wait.")] = 64,
     api_key_file: Annotated[
         Path | None, typer.Option(help="A file with the key that requests must carry; else EXPORTER_API_KEY.")
@@ -162,6 +165,7 @@ def serve(
         host=host,
         port=port,
         slots=slots,
+        cache_memory=None if cache_memory is None else size(cache_memory),
         queue=queue,
         api_key_file=api_key_file,
         max_body=size(max_body),

@@ -11,12 +11,13 @@ from exporter.errors import EnvironmentLacking, ExporterError
 from exporter.runtime.logprobs import logprobs
 from exporter.runtime.runner import SMALLEST_CHUNK, Runner
 from exporter.runtime.sampling import generators, next_token, require_finite
-from exporter.serving.requests import Reason, Request, Step
+from exporter.serving.requests import OutOfMemory, Reason, Request, Step
 from exporter.serving.scheduler import LEAST_CHUNK, ChunkSize
 from exporter.serving.slots import Slot, longest_head, slot_for, swaps
 from exporter.serving.streams import EngineStream, Event
 
 Emit = Callable[[EngineStream, Event], object]
+Report = Callable[[BaseException], object]  # of a defect: an exception that is no ExporterError
 
 
 @dataclass(slots=True, eq=False)
@@ -53,8 +54,10 @@ class Totals:
 class Batch:
     """Belongs to one thread. A row holds its stream's keys and values; a free one those of `slots[row].tokens`."""
 
-    def __init__(self, runners: Mapping[str | None, Runner], rows: int, capacity: int, emit: Emit) -> None:
-        self._runners, self._emit, self._capacity = runners, emit, capacity
+    def __init__(
+        self, runners: Mapping[str | None, Runner], rows: int, capacity: int, emit: Emit, report: Report
+    ) -> None:
+        self._runners, self._capacity, self._emit, self._report = runners, capacity, emit, report
         self._ranks = {adapter: rank for rank, adapter in enumerate(runners)}
         self._cache = runners[None].new_cache(rows, capacity)
         self.slots = [Slot() for _ in range(rows)]
@@ -70,17 +73,23 @@ class Batch:
         return len(self.running) < len(self.slots)
 
     def admit(self, stream: EngineStream) -> None:
-        """Give a stream one of the free slots."""
+        """Give a stream one of the free slots. One that cannot get it ends with an error."""
+        try:
+            self._place(stream)
+        except Exception as error:
+            self.totals.failed += 1
+            self._emit(stream, self._told(error))
+
+    def _place(self, stream: EngineStream) -> None:
+        """All that may fail comes before the first change: a slot is taken as a whole or not at all."""
         request = stream.request
         row = slot_for(self.slots, request.adapter, request.prompt)
         slot, runner = self.slots[row], self._runners[request.adapter]
         own = longest_head([slot], request.adapter, request.prompt)[1]
         kept = 0 if request.echo_logprobs else max(0, min(own, len(request.prompt) - SMALLEST_CHUNK))
-        slot.taken, slot.adapter, slot.tokens = True, request.adapter, list(request.prompt[:kept])
-        self._cache.adapters[row], self._cache.lengths[row] = request.adapter, kept
-        stream.cached_tokens = kept
+        head = list(request.prompt[:kept])
         stops = runner.stop_tokens if request.stop_tokens is None else request.stop_tokens
-        self.running[row] = active = Active(
+        active = Active(
             stream,
             request,
             row,
@@ -90,6 +99,10 @@ class Batch:
             generators(request.sampling, 1)[0],
             time.monotonic(),
         )
+        slot.taken, slot.adapter, slot.tokens = True, request.adapter, head
+        self._cache.adapters[row], self._cache.lengths[row] = request.adapter, kept
+        stream.cached_tokens = kept
+        self.running[row] = active
         self._prefilling.append(active)
         self.totals.prompt_tokens += len(request.prompt)
         self.totals.reused_tokens += kept
@@ -127,27 +140,28 @@ class Batch:
             active = self._prefilling.popleft()
             self._prefilling.append(active)
             began = time.monotonic()
-            tokens = self._prefill_chunk(active, self._chunk.within(until - began))
-            took = time.monotonic() - began
-            self._chunk.took(tokens, took)
-            self.totals.prefill_seconds += took
+            try:
+                tokens = self._prefill_chunk(active, self._chunk.within(until - began))
+            except Exception as error:
+                self._fail([active], error)
+            else:
+                self._chunk.took(tokens, time.monotonic() - began)
+            self.totals.prefill_seconds += time.monotonic() - began
             if self._chunk.within(until - time.monotonic()) <= LEAST_CHUNK:
                 return
 
     def _prefill_chunk(self, active: Active, chunk: int) -> int:
-        """How many tokens were computed."""
+        """How many tokens were computed. Whatever it raises is about this stream alone."""
         self._take_from_neighbours(active)
         row, prompt, slot = active.row, active.request.prompt, self.slots[active.row]
         start = int(self._cache.lengths[row])
         stop = start + self._runners[active.request.adapter].next_chunk(len(prompt) - start, chunk)
         keep = stop - start if active.request.echo_logprobs else 1
         logits = self._append([active], row, np.array([prompt[start:stop]]), keep)
-        if logits is None:
-            return stop - start
         if stop - start >= SMALLEST_CHUNK:
             slot.tokens.extend(prompt[start:stop])
-        if active.request.echo_logprobs and not self._echo(active, start, stop, logits[0]):
-            return stop - start
+        if active.request.echo_logprobs:
+            self._echo(active, start, stop, logits[0])
         if stop == len(prompt):
             self._prefilling.remove(active)
             active.decoding = True
@@ -172,20 +186,15 @@ class Batch:
         active.stream.cached_tokens += head - have
         self.totals.reused_tokens += head - have
 
-    def _echo(self, active: Active, start: int, stop: int, logits: np.ndarray) -> bool:
-        """The log-probabilities of the tokens behind positions start to stop; False if the stream has failed."""
-        try:
-            require_finite(logits)
-        except ExporterError as error:
-            self._fail([active], error)
-            return False
+    def _echo(self, active: Active, start: int, stop: int, logits: np.ndarray) -> None:
+        """The log-probabilities of the tokens behind positions start to stop. ParityFailed for logits not finite."""
+        require_finite(logits)
         prompt, top = active.request.prompt, active.request.top_logprobs or 0
         if start == 0:
             active.echoed.append(Step(prompt[0]))
         for position in range(start, min(stop, len(prompt) - 1)):
             token = prompt[position + 1]
             active.echoed.append(Step(token, *logprobs(logits[position - start], token, top)))
-        return True
 
     def decode(self) -> None:
         """One token for every stream whose prompt has been computed; the streams of an adapter in one call."""
@@ -197,8 +206,10 @@ class Batch:
                 groups.setdefault(active.request.adapter, []).append(active)
         for actives in groups.values():
             last = np.array([[active.tokens[-1]] for active in actives])  # (B, 1)
-            logits = self._append(actives, actives[0].row, last, 1)
-            if logits is None:
+            try:
+                logits = self._append(actives, actives[0].row, last, 1)
+            except Exception as error:
+                self._fail(actives, error)
                 continue
             for active, its in zip(actives, logits[:, -1], strict=True):
                 self._advance(active, its)
@@ -220,47 +231,60 @@ class Batch:
                 if active is not None:
                     self.running[row], active.row = active, row
 
-    def _append(self, actives: list[Active], first: int, ids: np.ndarray, keep: int) -> np.ndarray | None:
-        """Logits (B, keep, V), None if the call failed and with it these streams."""
+    def _append(self, actives: list[Active], first: int, ids: np.ndarray, keep: int) -> np.ndarray:
+        """Logits (B, keep, V). Raises ExporterError, MemoryError."""
         try:
             return self._runners[actives[0].request.adapter].append(self._cache, first, ids, keep)
-        except ExporterError as error:
-            self._fail(actives, error)
+        except (ExporterError, MemoryError):
+            raise
         except Exception as error:  # onnxruntime's own exceptions have no common base
-            self._fail(actives, EnvironmentLacking(f"ONNX Runtime failed: {str(error)[:300]}", todo="try again"))
-        return None
+            self._report(error)
+            raise EnvironmentLacking(f"ONNX Runtime failed: {str(error)[:300]}", todo="try again") from error
 
-    def _fail(self, actives: list[Active], error: ExporterError) -> None:
+    def _fail(self, actives: list[Active], error: Exception) -> None:
+        """End streams with an error; what their rows hold is not reused."""
+        told = self._told(error)
         for active in actives:
             self.slots[active.row].tokens = []
             self._cache.clear_row(active.row)
-            self.end(active, error)
+            self.end(active, told)
 
-    def abandon(self, error: ExporterError) -> None:
-        """End every running stream with an error, and forget what the cache holds."""
+    def _told(self, error: Exception) -> ExporterError:
+        """What a stream is told of an error; where that is not all, the error itself is reported."""
+        if isinstance(error, ExporterError):
+            return error
+        self._report(error)
+        if isinstance(error, MemoryError):
+            return OutOfMemory()
+        return EnvironmentLacking(f"an internal error: {type(error).__name__}", todo="try again")
+
+    def abandon(self, error: Exception) -> None:
+        """The last net: end every running stream with an error, and forget what the cache holds."""
         self._fail(list(self.running.values()), error)
         for row, slot in enumerate(self.slots):
             slot.tokens = []
             self._cache.clear_row(row)
 
     def _advance(self, active: Active, logits: np.ndarray) -> None:
-        """Choose the next token from logits (V,)."""
-        request = active.request
+        """The next token from logits (V,). What fails here ends this stream, and not those of the same step."""
         try:
-            token = next_token(logits, active.tokens, request.sampling, active.random, len(request.prompt))
-        except ExporterError as error:
+            step = self._choose(active, logits)
+        except Exception as error:
             self._fail([active], error)
             return
+        if step.reason is None:
+            self._emit(active.stream, step)
+        else:
+            self.end(active, step)
+
+    def _choose(self, active: Active, logits: np.ndarray) -> Step:
+        request = active.request
+        token = next_token(logits, active.tokens, request.sampling, active.random, len(request.prompt))
         active.tokens.append(token)
         self.totals.new_tokens += 1
         ended: Reason | None = (
             "stop" if token in active.stops else "length" if len(active.tokens) >= active.limit else None
         )
         if request.top_logprobs is None:
-            step = Step(token, reason=ended)
-        else:
-            step = Step(token, *logprobs(logits, token, request.top_logprobs), reason=ended)
-        if ended is None:
-            self._emit(active.stream, step)
-        else:
-            self.end(active, step)
+            return Step(token, reason=ended)
+        return Step(token, *logprobs(logits, token, request.top_logprobs), reason=ended)

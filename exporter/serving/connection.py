@@ -21,6 +21,8 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
+        # Writing pauses while a single byte waits here, or who leaves the end of an answer unread is never found out.
+        transport.set_write_buffer_limits(0)
         self._head = self.loop.call_later(self.limits.read, transport.abort)
 
     def data_received(self, data: bytes) -> None:

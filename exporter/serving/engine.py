@@ -9,7 +9,7 @@ from exporter.files import human_bytes
 from exporter.runtime.adapters import adapter_names
 from exporter.runtime.memory import free_memory
 from exporter.runtime.runner import Runner
-from exporter.serving.batch import Batch
+from exporter.serving.batch import Batch, Report
 from exporter.serving.requests import EngineClosed, EngineStats, QueueFull, Reason, Request, Step
 from exporter.serving.scheduler import Lines
 from exporter.serving.streams import EngineStream, Event, deliver
@@ -19,12 +19,17 @@ OF_FREE_MEMORY = 0.5  # that the cache may take where nothing else is said
 ALONE = 4  # times `stall`: how long prompts are computed at once while no stream is waiting for its next token
 
 
+def log_defect(error: BaseException) -> None:
+    log.error("a defect", exc_info=error)
+
+
 class BatchingEngine:
     """`requests.Engine` over a Runner and its bundle's adapters.
 
-    slots: streams computed at once, as many as fit into `cache_bytes`. capacity: positions of a slot, n_positions by
-    default. queue: streams that may wait. stall: seconds by which prompts may hold up the running streams' next token.
-    Raises UsageError, EnvironmentLacking (no room for one slot).
+    slots: streams computed at once, as many as fit into `cache_bytes`, half of the free memory by default. capacity:
+    positions of a slot, n_positions by default. queue: streams that may wait. stall: seconds by which prompts may hold
+    up the running streams' next token. on_defect: told, in the worker's thread, of every exception that nobody foresaw.
+    Raises UsageError (also for `cache_bytes` below one slot), EnvironmentLacking (no memory for one slot).
     """
 
     def __init__(
@@ -36,6 +41,7 @@ class BatchingEngine:
         capacity: int | None = None,
         queue: int = 64,
         stall: float = 0.1,
+        on_defect: Report = log_defect,
     ) -> None:
         capacity = runner.n_positions if capacity is None else capacity
         if slots < 1 or queue < 1 or not 1 <= capacity <= runner.n_positions or not stall > 0:
@@ -47,16 +53,16 @@ class BatchingEngine:
         one = runner.cache_bytes(1, capacity)
         rows = min(slots, available // one)
         if rows < 1:
-            raise EnvironmentLacking(
-                f"a slot of {capacity} positions takes {human_bytes(one)}, and {human_bytes(available)} are for them",
-                todo="give the cache more memory, or its slots fewer positions",
-            )
+            seen = f"a slot of {capacity} positions takes {human_bytes(one)}, and {human_bytes(available)} are for them"
+            if cache_bytes is not None:
+                raise UsageError(seen, expected=f"at least {one} bytes", todo="give the cache more memory")
+            raise EnvironmentLacking(seen, todo="free memory: half of what is free is for the cache")
         base = runner.with_adapter(None) if runner.adapter is not None else runner
         self._runner, self._capacity, self._queue, self._stall = base, capacity, queue, stall
         self.adapters = adapter_names(runner.bundle)
         runners = {None: base} | {name: base.with_adapter(name) for name in self.adapters}
-        self._batch = Batch(runners, rows, capacity, self._emit)
-        self._cache_bytes = runner.cache_bytes(rows, capacity)
+        self._batch = Batch(runners, rows, capacity, self._emit, on_defect)
+        self._cache_bytes, self._on_defect = runner.cache_bytes(rows, capacity), on_defect
         self._events: list[tuple[EngineStream, Event]] = []
         self._thread = threading.Thread(target=self._work, name="exporter-engine", daemon=True)
         # Guards what both sides touch: the lines, the three flags, the two counts.
@@ -169,6 +175,8 @@ class BatchingEngine:
         try:
             while self._next_round():
                 self._compute()
+        except BaseException as error:
+            self._on_defect(error)
         finally:  # nobody waits for a worker that has gone, whatever made it go
             with self._condition:
                 self._closed = True
@@ -181,9 +189,8 @@ class BatchingEngine:
                 self._flush()
             if self._batch.decoding:
                 self._batch.decode()
-        except Exception as error:  # a defect: the streams that it may have touched end, the others never notice
-            log.exception("a step failed")
-            self._batch.abandon(EnvironmentLacking(f"an internal error: {type(error).__name__}", todo="try again"))
+        except Exception as error:  # a defect outside any stream's own work: it may have touched all that run
+            self._batch.abandon(error)
         self._flush()
 
     def _next_round(self) -> bool:

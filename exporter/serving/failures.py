@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
 from exporter.errors import ExporterError, InputRefused, UsageError
-from exporter.serving.requests import EngineClosed, QueueFull
+from exporter.serving.requests import EngineClosed, OutOfMemory, QueueFull
 
 LONGEST_NAME = 100  # characters of what a client sent that a message repeats
 
@@ -50,6 +50,8 @@ def failure_of(error: ExporterError) -> Failure:
             return Failure(429, message, "queue_full", headers={"Retry-After": str(seconds)})
         case EngineClosed():
             return shutting_down()
+        case OutOfMemory():
+            return Failure(503, message, "out_of_memory", headers={"Retry-After": "5"})
         case UsageError() | InputRefused():
             return Failure(400, message)
         case _:

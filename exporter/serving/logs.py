@@ -2,6 +2,7 @@
 
 import json
 import threading
+import traceback
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
@@ -29,3 +30,14 @@ class JsonLog:
                 self.stream.flush()
             except (OSError, ValueError):  # a closed pipe or file must not stop the server
                 pass
+
+    def defect(self, error: BaseException, **fields: Any) -> None:
+        """What nobody foresaw, with where it came from: one line."""
+        self.write(
+            "error",
+            "internal_error",
+            **fields,
+            exception=type(error).__name__,
+            message=str(error),
+            traceback="".join(traceback.format_exception(error)),
+        )

@@ -102,6 +102,7 @@ class Facts:
     first_token_ms: float | None = None
     finish_reasons: list[str] = field(default_factory=list)
     error: str | None = None
+    failed: int | None = None  # status of a failure that came when another status had been sent
     prompts: list[str] | None = None  # with --log-prompts only
 
 

@@ -1,7 +1,6 @@
 """Around every request: a log line, a figure, an id, and a last net for what nobody expected."""
 
 import time
-import traceback
 import uuid
 from typing import Any
 
@@ -10,6 +9,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from exporter.serving.failures import Failure
+from exporter.serving.logs import Level
 from exporter.serving.metrics import Facts
 from exporter.serving.service import Service
 
@@ -42,10 +42,8 @@ class Observe:
         except ClientDisconnect:
             pass
         except Exception as error:
-            facts.error = "internal_error"
-            self._service.log.write(
-                "error", "internal_error", id=name, traceback="".join(traceback.format_exception(error))
-            )
+            facts.error, facts.failed = "internal_error", 500
+            self._service.log.defect(error, id=name)
             if status == GONE:
                 failure = Failure(500, f"an internal error; its id in the log is {name}", "internal_error")
                 await failure.response()(scope, receive, observed)
@@ -62,7 +60,7 @@ class Observe:
         if facts.error is not None:
             metrics.errors.labels(facts.error).inc()
         self._service.log.write(
-            "error" if status >= 500 and status != 503 else "info",
+            _level(status, facts),
             "request",
             id=name,
             client=scope["client"][0] if scope.get("client") else None,
@@ -73,6 +71,17 @@ class Observe:
             **_of_generation(facts),
             error=facts.error,
         )
+
+
+def _level(status: int, facts: Facts) -> Level:
+    """A failure in the middle of a stream counts as what its own status says, not as the stream's 200.
+
+    503 is no error of the server's: it ends, or time or memory is over.
+    """
+    worst = facts.failed or status
+    if worst >= 500 and worst != 503:
+        return "error"
+    return "info" if facts.failed is None else "warning"
 
 
 def _of_generation(facts: Facts) -> dict[str, Any]:

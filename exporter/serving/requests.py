@@ -82,6 +82,13 @@ class EngineClosed(EnvironmentLacking):
         super().__init__("the server is shutting down", todo="try again later, or another server")
 
 
+class OutOfMemory(EnvironmentLacking):
+    """A stream ended because there was no memory for it."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is out of memory", todo="try again later, or with less")
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """A moment's figures, and totals since the start."""

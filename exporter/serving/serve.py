@@ -51,6 +51,7 @@ def serve(
     provider: str | None = None,
     threads: int | None = None,
     slots: int = 16,
+    cache_memory: int | None = None,
     queue: int = 64,
     api_key_file: str | Path | None = None,
     max_body: int = 1_000_000,
@@ -63,8 +64,9 @@ def serve(
 ) -> Ended:
     """Serve bundles, each DIR or NAME=DIR, until SIGTERM or SIGINT; accepted requests are finished before the end.
 
-    slots: streams of a bundle that are computed at once. queue: streams that may wait for one. The API key is the
-    content of `api_key_file`, else of EXPORTER_API_KEY, else there is none. max_body: bytes of a request.
+    slots: streams of a bundle that are computed at once, at most. cache_memory: bytes that a bundle's key-value cache
+    may take, which bounds the slots too; default half of the free memory. queue: streams that may wait for a slot.
+    The API key is the content of `api_key_file`, else of EXPORTER_API_KEY, or there is none. max_body: bytes a request.
     request_timeout, drain_timeout: seconds. log: where JSON lines go, default stderr. on_ready: called once.
     Raises UsageError, InputRefused (a bundle), EnvironmentLacking (port, memory, provider).
     """
@@ -78,7 +80,11 @@ def serve(
     limits = Limits(body=max_body, choices=min(Limits().choices, queue), request=request_timeout)
     bound = listen(host, port)
     try:
-        opened = [_open(name, directory, provider, threads, slots, queue) for name, directory in names]
+        opened: list[Bundled] = []
+        for name, directory in names:
+            runner = load(directory, provider=provider, threads=threads)
+            engine = BatchingEngine(runner, slots=slots, cache_bytes=cache_memory, queue=queue, on_defect=output.defect)
+            opened.append(bundled(name, engine, runner.bundle, runner.provider))
         service = Service(opened, output, limits, key, log_prompts)
         service.start()
         try:
@@ -107,11 +113,6 @@ async def _serve(
     server = Server(service, bound, drain=drain, on_started=started)
     await server.run_until_stopped()
     return Ended(url, EXIT_CODES.get(signal.Signals(server.signal), 0) if server.signal else 0)
-
-
-def _open(name: str, directory: Path, provider: str | None, threads: int | None, slots: int, queue: int) -> Bundled:
-    runner = load(directory, provider=provider, threads=threads)
-    return bundled(name, BatchingEngine(runner, slots=slots, queue=queue), runner.bundle, runner.provider)
 
 
 def read_api_key(file: str | Path | None) -> str | None:

@@ -6,6 +6,7 @@ import signal
 import socket
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 
@@ -77,6 +78,7 @@ class Server(uvicorn.Server):
     async def run_until_stopped(self) -> None:
         """Serve until `stop`, or where signals can be caught (the main thread) until SIGTERM or SIGINT."""
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._uncaught)
         caught = []
         for number in SIGNALS:
             try:
@@ -110,6 +112,14 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_started()
+
+    def _uncaught(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """A defect in a connection or a task of its own. asyncio would tell its logger, which may be silent."""
+        error = context.get("exception")
+        if error is None:
+            self._service.log.write("error", "internal_error", message=context["message"])
+        else:
+            self._service.log.defect(error, where=context["message"])
 
     def _signalled(self, number: int) -> None:
         self.signal = self.signal or number

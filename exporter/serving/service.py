@@ -16,7 +16,7 @@ from exporter.serving.generation import Choice, Prompt
 from exporter.serving.logs import JsonLog
 from exporter.serving.metrics import Facts, Metrics, Watch
 from exporter.serving.models import Bundled, Model, by_name
-from exporter.serving.requests import Request
+from exporter.serving.requests import Request, Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class Service:
         top_logprobs: int | None = None,
         echo: bool = False,
     ) -> list[Choice]:
-        """The engine's streams for n choices of each prompt, all of them or (Failure) none."""
+        """The engine's streams for n choices of each prompt, all of them or (Failure, or a defect) none."""
         n = body.n or 1
         if len(prompts) * n > self.limits.choices:
             seen = f"{len(prompts)} prompts times n {n}"
@@ -115,6 +115,7 @@ class Service:
         first_seed = secrets.randbits(62) if body.seed is None else body.seed % (1 << 63)
         deadline = time.monotonic() + self.limits.request
         choices: list[Choice] = []
+        streams: list[Stream] = []
         try:
             for prompt, limit in zip(prompts, limits, strict=True):
                 for _ in range(n):
@@ -132,14 +133,17 @@ class Service:
                             client=body.user or (request.client.host if request.client else ""),
                         )
                     )
+                    streams.append(stream)
                     watch = Watch(self.metrics, facts, model.name)
                     choices.append(
                         Choice(len(choices), stream, prompt, model.vocabulary, watch, stops=body.stops, echo=echo)
                     )
-        except ExporterError as error:
-            for choice in choices:
-                choice.stream.cancel()
-            raise failure_of(error) from error
+        except BaseException as error:
+            for stream in streams:
+                stream.cancel()
+            if isinstance(error, ExporterError):
+                raise failure_of(error) from error
+            raise
         return choices
 
     async def idle(self, timeout: float) -> bool:

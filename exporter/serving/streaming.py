@@ -86,7 +86,7 @@ async def _events(request: HttpRequest, documents: AsyncIterator[dict[str, Any]]
         async for document in documents:
             yield event(document)
     except Failure as failure:
-        request.state.facts.error = failure.code
+        request.state.facts.error, request.state.facts.failed = failure.code, failure.status
         yield event(failure.body())
         return
     yield DONE

@@ -3,8 +3,9 @@
 import asyncio
 import io
 import json
+import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ class Running:
     url: str
     service: Service
     log: io.StringIO
+    bound: socket.socket
+    stop: Callable[[], object]  # as a signal does
 
     def client(self, key: str = "none") -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
@@ -62,13 +65,14 @@ def running(
     log_prompts: bool = False,
     drain: float = 10.0,
 ) -> Iterator[Running]:
+    log = io.StringIO()
+    output = JsonLog(log)
     opened = []
     for name, directory in map(split_name, bundles):
         runner = load(directory, threads=1)
-        engine = BatchingEngine(runner, slots=slots, queue=queue)
+        engine = BatchingEngine(runner, slots=slots, queue=queue, on_defect=output.defect)
         opened.append(bundled(name, engine, runner.bundle, runner.provider))
-    log = io.StringIO()
-    service = Service(opened, JsonLog(log), limits, api_key, log_prompts)
+    service = Service(opened, output, limits, api_key, log_prompts)
     bound = listen("127.0.0.1", 0)
     started = threading.Event()
     server = Server(service, bound, drain=drain, on_started=started.set)
@@ -79,7 +83,7 @@ def running(
     thread.start()
     assert started.wait(20)
     try:
-        yield Running(url, service, log)
+        yield Running(url, service, log, bound, lambda: loop.call_soon_threadsafe(server.stop))
     finally:
         loop.call_soon_threadsafe(server.stop)
         thread.join(30)

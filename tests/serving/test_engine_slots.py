@@ -72,7 +72,7 @@ def test_rows_hold_what_the_books_say_and_every_stream_gets_its_own_tokens(scrip
     received: dict[int, list[Any]] = {}
     runner = ArithmeticRunner(adapters=("a", "bc"))
     runners: Any = {adapter: runner.with_adapter(adapter) for adapter in ADAPTERS}
-    batch = Batch(runners, ROWS, CAPACITY, lambda stream, event: received[id(stream)].append(event))
+    batch = Batch(runners, ROWS, CAPACITY, lambda stream, event: received[id(stream)].append(event), raising)
     streams, waiting = [], deque()
     for action in [*script, *["prefill", "decode"] * 40]:
         if isinstance(action, Request):
@@ -105,6 +105,10 @@ def test_rows_hold_what_the_books_say_and_every_stream_gets_its_own_tokens(scrip
         assert events[-1].reason == "cancelled" or (events[-1].reason == "length" and len(found) == len(expected))
 
 
+def raising(error: BaseException) -> None:
+    raise error
+
+
 def check_books(batch: Batch) -> None:
     for row, slot in enumerate(batch.slots):
         length, active = int(batch._cache.lengths[row]), batch.running.get(row)
@@ -123,7 +127,7 @@ def check_books(batch: Batch) -> None:
 def test_a_step_computes_no_idle_row() -> None:
     runner = ArithmeticRunner(adapters=("a",))
     runners: Any = {adapter: runner.with_adapter(adapter) for adapter in (None, "a")}
-    batch = Batch(runners, 6, CAPACITY, lambda *_: None)
+    batch = Batch(runners, 6, CAPACITY, lambda *_: None, raising)
     for i in range(6):
         request = Request((i, i, i), 20, adapter=(None, "a")[i % 2])
         batch.admit(SimpleNamespace(request=request, cached_tokens=0, prompt_logprobs=None))  # pyright: ignore

@@ -8,20 +8,27 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from openai import OpenAI
 
 from exporter.errors import EnvironmentLacking, InputRefused, UsageError
 from exporter.runtime.generate import generate
+from exporter.runtime.load import load
+from exporter.runtime.runner import Runner
+from exporter.serving.connection import Connection
+from exporter.serving.engine import BatchingEngine
 from exporter.serving.serve import serve
 from exporter.serving.service import Limits
+from tests.serving.conftest import TINY_POSITIONS
 from tests.serving.running import Running, running
 
 LONG: dict[str, Any] = {"max_tokens": 400, "temperature": 0, "extra_body": {"ignore_eos": True}}
@@ -55,6 +62,43 @@ def test_health_and_figures(demo: Path) -> None:
         assert server.metric("process_resident_memory_bytes") > 1e6
 
 
+def slow_down(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Every step takes so long at least: nothing ends by itself while a test looks."""
+    original = Runner.append
+
+    def append(self: Runner, *arguments: Any) -> Any:
+        time.sleep(seconds)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Runner, "append", append)
+
+
+def health(server: Running) -> list[tuple[int, str]]:
+    answers = [server.get(path) for path in ("/healthz", "/readyz")]
+    return [(answer.status_code, answer.text) for answer in answers]
+
+
+def test_a_draining_server_is_well_and_not_ready(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_down(monkeypatch, 0.01)
+    with running([f"demo={demo}"], drain=60) as server:
+        stream = iter(server.client().completions.create(model="demo", prompt="One", stream=True, **LONG))
+        next(stream)
+        assert health(server) == [(200, "ok\n"), (200, "ready\n")]
+        server.stop()
+        wait_for(lambda: health(server) == [(200, "ok\n"), (503, "not ready\n")])
+        refused = server.post("/v1/completions", {"model": "demo", "prompt": "Two"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert list(stream)[-1].choices[0].finish_reason == "length"
+
+
+def test_a_server_whose_worker_has_died_is_neither_well_nor_ready(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running([f"tiny={tiny}"]) as server:
+        monkeypatch.setattr(server.service.engines["tiny"], "_let_out", lambda: 1 / 0)
+        assert server.post("/v1/completions", {"model": "tiny", "prompt": "a"}).status_code == 503
+        wait_for(lambda: health(server) == [(503, "a worker has ended\n"), (503, "not ready\n")])
+        assert of_defects(server.lines()) == [("error", "ZeroDivisionError", "division by zero")]
+
+
 def test_a_request_is_one_line_without_its_text(tiny: Path) -> None:
     for log_prompts in (False, True):
         with running([f"tiny={tiny}"], log_prompts=log_prompts) as server:
@@ -65,6 +109,55 @@ def test_a_request_is_one_line_without_its_text(tiny: Path) -> None:
             assert line | {"status": 200, "model": "tiny", "prompt_tokens": 9, "stream": False} == line
             assert line["new_tokens"] == response.json()["usage"]["completion_tokens"]
             assert ("my secret" in json.dumps(line)) is log_prompts
+
+
+def of_defects(lines: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    found = [line for line in lines if line["event"] == "internal_error"]
+    assert all("Traceback (most recent call last)" in line["traceback"] for line in found)
+    return [(line["level"], line["exception"], line["message"]) for line in found]
+
+
+def test_a_defect_in_a_connection_is_a_line(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaking(*_: Any) -> None:
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(Connection, "send_400_response", breaking)
+    with running([f"tiny={tiny}"]) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as raw:
+            raw.sendall(b"no HTTP\r\n\r\n")
+            assert raw.recv(100) == b""
+        assert of_defects(server.lines()) == [("error", "ValueError", "a defect")]
+        assert server.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("place", "code"),
+    [
+        ("exporter.serving.batch.next_token", "computation_failed"),  # in the engine: its stream's last event
+        ("exporter.serving.completions.completion_logprobs", "internal_error"),  # in the app: nothing more comes
+    ],
+)
+def test_what_fails_in_the_middle_of_a_stream_is_an_error_in_the_log(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, place: str, code: str
+) -> None:
+    original, calls = resolve_name(place), []
+
+    def breaking(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) > 1:
+            raise ValueError("a defect")
+        return original(*arguments)
+
+    monkeypatch.setattr(place, breaking)
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 40, "logprobs": 1, "echo": True, "stream": True}
+    with running([f"tiny={tiny}"]) as server:
+        with raw_post(server, body) as raw:
+            assert raw.recv(12) == b"HTTP/1.1 200"
+            wait_for(lambda: any(line["event"] == "request" for line in server.lines()))
+        assert of_defects(server.lines()) == [("error", "ValueError", "a defect")]
+        (line,) = [line for line in server.lines() if line["event"] == "request"]
+        assert (line["level"], line["error"]) == ("error", code)
 
 
 def test_the_key_is_asked_for(tiny: Path) -> None:
@@ -118,17 +211,63 @@ def test_a_client_that_goes_away_frees_its_slot(demo: Path, stream: bool) -> Non
 
 
 @contextmanager
-def raw_post(server: Running, body: dict[str, Any]) -> Iterator[socket.socket]:
+def raw_post(server: Running, body: dict[str, Any], buffer: int = 1 << 16) -> Iterator[socket.socket]:
+    """The connection of a client whose kernel takes about `buffer` bytes without being read."""
     host, port = server.url.removeprefix("http://").split(":")
     content = json.dumps(body).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    with socket.create_connection((host, int(port)), timeout=20) as raw:
+    with socket.socket() as raw:
+        raw.settimeout(20)
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        raw.connect((host, int(port)))
         raw.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         yield raw
 
 
-def test_who_sends_or_reads_nothing_is_cut_off(tiny: Path) -> None:
-    with running([f"tiny={tiny}"], limits=Limits(read=0.3, write=0.3)) as server:
+UNREAD = 4096  # bytes that each side's kernel holds for who reads nothing
+
+
+def test_who_reads_nothing_of_a_stream_is_cut_off_and_its_slot_freed_while_others_are_served(
+    demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = generate(demo, prompt="Two", max_new_tokens=3).text
+    slow_down(monkeypatch, 0.03)
+    body = {"model": "demo", "prompt": "One " * 60, "max_tokens": 300, "temperature": 0, "ignore_eos": True}
+    body |= {"stream": True, "echo": True, "logprobs": 5}
+    with running([f"demo={demo}"], slots=2, limits=Limits(write=1.5)) as server:
+        server.bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD)  # the accepted ones' too
+        engine = server.service.engines["demo"]
+        with raw_post(server, body, UNREAD):
+            wait_for(lambda: engine.stats().running == 1)
+            other = server.client().completions.create(model="demo", prompt="Two", max_tokens=3, temperature=0)
+            assert other.choices[0].text == expected
+            assert engine.stats().running == 1  # not yet cut off
+            wait_for(lambda: engine.stats().running == 0)
+        lines = [line for line in server.lines() if line["event"] == "request"]
+    assert [line["status"] for line in lines] == [200, 499]
+    assert lines[1]["new_tokens"] < 300
+
+
+def test_who_leaves_the_end_of_an_answer_unread_is_cut_off(tiny: Path) -> None:
+    """The answer is written as far as its request is concerned: what holds the rest is the connection."""
+    body = {"model": "tiny", "prompt": "a" * 50, "max_tokens": 4, "n": 4, "echo": True, "logprobs": 5}
+    with running([f"tiny={tiny}"], limits=Limits(write=0.5)) as server:
+        server.bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD)
+        port = server.bound.getsockname()[1]
+
+        def connected() -> bool:
+            its = [one for one in psutil.Process().net_connections("tcp") if one.laddr.port == port]
+            return any(one.status == psutil.CONN_ESTABLISHED for one in its)
+
+        with raw_post(server, body, UNREAD):
+            wait_for(server.lines)
+            assert [line["status"] for line in server.lines()] == [200]
+            assert connected()
+            wait_for(lambda: not connected(), 10)
+
+
+def test_who_sends_nothing_is_cut_off(tiny: Path) -> None:
+    with running([f"tiny={tiny}"], limits=Limits(read=0.3)) as server:
         host, port = server.url.removeprefix("http://").split(":")
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         for sent, expected in (
@@ -152,6 +291,39 @@ def test_who_sends_or_reads_nothing_is_cut_off(tiny: Path) -> None:
                 time.sleep(0.5)
 
 
+def test_a_request_that_fails_half_submitted_leaves_no_stream_behind(
+    demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running([f"demo={demo}"]) as server:
+        engine = server.service.engines["demo"]
+        submitted: list[Any] = []
+
+        def submit(request: Any) -> Any:
+            if submitted:
+                raise RuntimeError("a defect")
+            submitted.append(BatchingEngine.submit(engine, request))  # pyright: ignore[reportArgumentType]
+            return submitted[0]
+
+        monkeypatch.setattr(engine, "submit", submit)
+        body = {"model": "demo", "prompt": "One", "n": 2, "max_tokens": 500, "ignore_eos": True}
+        assert server.post("/v1/completions", body).status_code == 500
+        assert submitted[0].cancelled
+        wait_for(lambda: engine.stats().finished == {"cancelled": 1})
+
+
+def test_no_memory_for_a_request_is_503_with_retry_after(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaking(*_: Any) -> Any:
+        raise MemoryError
+
+    with running([f"tiny={tiny}"]) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr("exporter.serving.batch.generators", breaking)
+            response = server.post("/v1/completions", {"model": "tiny", "prompt": "a"})
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "out_of_memory")
+        assert int(response.headers["retry-after"]) >= 1
+        assert server.post("/v1/completions", {"model": "tiny", "prompt": "a"}).status_code == 200
+
+
 def test_a_deadline_ends_an_answer(demo: Path) -> None:
     with running([f"demo={demo}"], slots=1, limits=Limits(request=0.4)) as server:
         longer: dict[str, Any] = LONG | {"max_tokens": 500}
@@ -165,9 +337,11 @@ def test_a_deadline_ends_an_answer(demo: Path) -> None:
 
 
 @contextmanager
-def command(*arguments: object, **environment: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+def command(
+    *arguments: object, program: Sequence[str] = EXPORTER, **environment: str
+) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     """`exporter serve ... --json` in a process of its own, and its ready document."""
-    words = [*EXPORTER, *map(str, arguments), "--port", "0", "--json", "--threads", "1"]
+    words = [*program, *map(str, arguments), "--port", "0", "--json", "--threads", "1"]
     process = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
     )
@@ -217,6 +391,13 @@ def test_sigterm_in_the_middle_of_a_stream_loses_nothing(demo: Path) -> None:
         assert lines[-1] | {"event": "stopped", "drained": True} == lines[-1]
 
 
+def test_only_this_machine_reaches_a_server_that_was_not_told_otherwise(tiny: Path) -> None:
+    with command(tiny) as (process, ready):
+        sockets = psutil.Process(process.pid).net_connections("tcp")
+        assert {one.laddr.ip for one in sockets if one.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
+        assert ready["url"].startswith("http://127.0.0.1:")
+
+
 def test_a_drain_timeout_ends_streams_with_an_error(demo: Path) -> None:
     with command(f"demo={demo}", "--drain-timeout", "0") as (process, ready):
         client = OpenAI(base_url=ready["url"] + "/v1", api_key="none", max_retries=0)
@@ -225,8 +406,29 @@ def test_a_drain_timeout_ends_streams_with_an_error(demo: Path) -> None:
         process.send_signal(signal.SIGINT)
         with pytest.raises(openai.APIError, match="shutting down"):
             list(stream)
-        process.communicate(timeout=30)
+        log = process.communicate(timeout=30)[1]
         assert process.returncode == 130
+    (line,) = [line for line in map(json.loads, log.splitlines()) if line["event"] == "request"]
+    assert (line["level"], line["status"], line["error"]) == ("warning", 200, "shutting_down")
+
+
+DEFECTIVE = """
+import exporter.serving.app, exporter.serving.batch
+from exporter.cli import main
+def breaking(*arguments):
+    raise ValueError("a defect")
+exporter.serving.batch.next_token = exporter.serving.app.render_messages = breaking
+main()
+"""
+
+
+def test_a_defect_is_one_line_without_verbose_too(tiny: Path) -> None:
+    with command(f"tiny={tiny}", program=[sys.executable, "-c", DEFECTIVE, "serve"]) as (process, ready):
+        for path, body in (("completions", {"prompt": "a"}), ("chat/render", {"messages": []})):
+            assert httpx.post(f"{ready['url']}/v1/{path}", json={"model": "tiny"} | body).status_code == 500
+        process.send_signal(signal.SIGTERM)
+        log = process.communicate(timeout=30)[1]
+    assert of_defects(list(map(json.loads, log.splitlines()))) == [("error", "ValueError", "a defect")] * 2
 
 
 def test_the_key_comes_from_a_file_or_the_environment(tiny: Path, tmp_path: Path) -> None:
@@ -264,6 +466,20 @@ def test_what_cannot_be_served_is_said(tiny: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("EXPORTER_API_KEY", " ")
     with pytest.raises(UsageError, match="API_KEY holds no usable API key"):
         serve(tiny, port=0)
+
+
+def test_the_cache_memory_bounds_the_slots(tiny: Path) -> None:
+    one = load(tiny).cache_bytes(1, TINY_POSITIONS)
+    with command(f"tiny={tiny}", "--cache-memory", f"{(4 * one - 1) / 1000}kB") as (_, ready):
+        figures = httpx.get(ready["url"] + "/metrics").text
+    assert 'exporter_slots{bundle="tiny"} 3.0' in figures
+    assert f'exporter_cache_bytes{{bundle="tiny"}} {float(3 * one)}' in figures
+    message = fails(tiny, "--port", 0, "--cache-memory", one - 1, code=2)
+    assert f"a slot of {TINY_POSITIONS} positions takes" in message
+    assert f"at least {one} bytes" in message
+    assert "is not a size" in fails(tiny, "--port", 0, "--cache-memory", "0GB", code=2)
+    with pytest.raises(UsageError, match="a slot of"):
+        serve(tiny, port=0, cache_memory=0)
 
 
 def test_an_open_address_is_warned_of(tiny: Path) -> None:

@@ -58,7 +58,10 @@ def export(
         list[ExportPrecision] | None,
         typer.Option(help="Repeat for several; default native. int8-exact takes --base and --adapter."),
     ] = None,
-    target: Annotated[list[Target] | None, typer.Option(help="Repeat for several; default cpu.")] = None,
+    target: Annotated[
+        list[Target] | None,
+        typer.Option(help="Repeat for several; default cpu. Graphs for cuda take right padding only."),
+    ] = None,
     builder: Annotated[Builder, typer.Option(help="optimum serves architectures without a builder.")] = Builder.native,
     block_size: Annotated[
         int, typer.Option(help="Of int8 and int4: 32 (most exact), 64, 128 (fastest on a CPU) or 256 weights a scale.")

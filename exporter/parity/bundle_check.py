@@ -76,6 +76,7 @@ def verify_bundle(run: Run, bundle: Bundle) -> BundleResult:
     mutants += graph_mutants(_subject(run, bundle), gates)
     results = [*weights.gates, *_logit_gates(run, gates, pairs), *_feeding_gates(gates, cache)]
     results += [figure for name in ("T-O", "R-O", "T-R", "F-O") for figure in recorded(pairs.comparisons[name])]
+    results += cache.recorded
     _drop_bundle(run)
     layers, no_layers = _layers(run, bundle)
     origin = find_origin(
@@ -91,7 +92,7 @@ def verify_bundle(run: Run, bundle: Bundle) -> BundleResult:
     notes += [f"{name} beside {bundle.graph.name} was not run: this verdict is not about it" for name in bundle.others]
     notes += [no_layers] if no_layers else []
     if _place(run, bundle).is_ranged(bundle.model()):
-        notes.append("the graph ran as ranges of its nodes: a batch of rows of unequal length was not decoded")
+        notes.append("the graph ran as ranges of its nodes: no batch of unequal rows was decoded, no cache was read")
     if survivors:
         notes.append(f"the run is invalid: {len(survivors)} mutant(s) survived ({', '.join(survivors)})")
     whole = worst_verdict([correctness, *([quality] if quality else []), *_invalid(survivors)])
@@ -132,10 +133,11 @@ def _layers(run: Run, bundle: Bundle) -> tuple[tuple[Layer, ...], str]:
 
 @dataclass(frozen=True, slots=True)
 class Fed:
-    """The cache checks and the padding checks of one bundle."""
+    """The cache checks and the padding checks of one bundle. recorded: of the cache itself, where it could be read."""
 
     cache: list[tuple[str, PairTokens]]
     padding: list[tuple[str, PairTokens]]
+    recorded: list[GateResult]
 
 
 def _score_bundle(run: Run, bundle: Bundle) -> Fed:
@@ -144,7 +146,7 @@ def _score_bundle(run: Run, bundle: Bundle) -> Fed:
     score_fp32(run.store, _carried(bundle), run.memory, run.progress)
     rows = [document.tokens for document in sorted(run.documents, key=lambda d: -len(d.tokens))[:3]]
     rows = [row[: feeding.LONGEST - 7 * i] for i, row in enumerate(rows)]  # unequal lengths on purpose
-    graph, place = bundle.model(), _place(run, bundle)
+    graph, place, figures = bundle.model(), _place(run, bundle), list[GateResult]()
     length = context(read_json(bundle.directory / "config.json"))
     whole = run.level != "commit" or length <= WHOLE_CONTEXT_AT_COMMIT
     if place.is_ranged(graph):
@@ -155,12 +157,13 @@ def _score_bundle(run: Run, bundle: Bundle) -> Fed:
         if not run.store.has("O", content):
             run.store.score("O", runner, run.progress, content)
         cache = feeding.check_cache(runner, rows, whole)
+        figures.append(feeding.cache_error(runner, rows))
         del runner
     padding = feeding.check_padding(place.open(graph), rows, bundle.target)
     if bundle.format != "float":
         place.score(run.store, "O1", full_precision(graph), content)
     release()
-    return Fed(cache, padding)
+    return Fed(cache, padding, figures)
 
 
 def _place(run: Run, bundle: Bundle) -> GraphPlace:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from exporter.parity.gates import Comparison
 from exporter.parity.graphs import Call, Graph
-from exporter.parity.result import CacheCheck
+from exporter.parity.result import CacheCheck, GateResult, number
 from exporter.parity.statistics import PairTokens, compare, concatenate, score
 from exporter.runtime.runner import Runner
 
@@ -37,6 +37,45 @@ def decode_from(runner: Runner, row: Sequence[int], past: int) -> Float32:
     cache = runner.new_cache(1)
     runner.prefill(cache, 0, row[:past])
     return np.concatenate([runner.decode(cache, [token]) for token in row[past:]])
+
+
+def cache_error(runner: Runner, rows: Sequence[Sequence[int]]) -> GateResult:
+    """Keys and values of prefill and cached decoding against one prefill's: squared error over square, recorded.
+
+    The last token's stand in no logits yet. The figure is that of the tensor that is furthest off.
+    """
+    row = list(max(rows, key=len))[:LONGEST]
+    past = len(row) // 2
+    row = row[: past + DECODED]
+    whole, decoded = runner.new_cache(1), runner.new_cache(1)
+    runner.prefill(whole, 0, row)
+    runner.prefill(decoded, 0, row[:past])
+    for token in row[past:]:
+        runner.decode(decoded, [token])
+    ref, cand = whole.filled(0), decoded.filled(0)
+    errors = [_nmse(ref[name], cand[name]) for name in ref]
+    worst = int(np.argmax(errors))  # NaN too
+    return GateResult(
+        gate="recorded",
+        pair="O-D",
+        statistic="cache_nmse",
+        scope="all",
+        outcome="RECORDED",
+        kind="correctness",
+        estimate=number(errors[worst]),
+        lower=None,
+        upper=None,
+        limit=None,
+        bound="none",
+        tokens=len(row),
+        documents=1,
+        detail=f"worst: {list(ref)[worst].removeprefix('past_key_values.')}",
+    )
+
+
+def _nmse(ref: NDArray, cand: NDArray) -> float:
+    ref = ref.astype(np.float64)
+    return float(np.square(cand - ref).sum() / max(np.square(ref).sum(), np.finfo(np.float64).tiny))
 
 
 def check_cache_in_graph(graph: Graph, rows: Sequence[Sequence[int]], context: int, whole_context: bool) -> Checks:

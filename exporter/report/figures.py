@@ -29,6 +29,7 @@ STATISTICS = {
     "delta_p_rms": "RMS change of the true token's probability",
     "ln_ppl_ratio": "ln of the perplexity ratio",
     "nmse": "normalized squared error",
+    "cache_nmse": "normalized squared error of the cache's keys and values",
     "centered_max": "largest centered difference of a logit",
     "excess_kl": "KL beyond what the reference's own noise allows",
     "gain_kl": "KL that the adapter closes",

@@ -98,6 +98,11 @@ class KeyValueCache:
         self._finish_copies()
         self.lengths[row] = 0
 
+    def filled(self, row: int) -> dict[str, np.ndarray]:
+        """What a row holds: (heads, slots, head size) by the graph's input name."""
+        slots = int(self.lengths[row])
+        return {past: buffer[row, :, :slots].cpu().numpy() for past, _, buffer in self._names()}
+
     def _finish_copies(self) -> None:
         if self.shape.device == "cuda":  # onnxruntime computes on a stream of its own
             torch.cuda.synchronize()

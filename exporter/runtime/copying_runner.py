@@ -35,6 +35,9 @@ class CopiedCache(KeyValueCache):
     def clear_row(self, row: int) -> None:
         self.pasts[row], self.lengths[row] = self._empty.copy(), 0
 
+    def filled(self, row: int) -> dict[str, np.ndarray]:
+        return {name: array[0, :, : int(self.lengths[row])] for name, array in self.pasts[row].items()}
+
     def binding(self, session: ort.InferenceSession, first: int, count: int, adapter: ActiveAdapter) -> ort.IOBinding:
         raise NotImplementedError("a copied cache has no buffer")
 

@@ -18,6 +18,7 @@ from exporter.parity.bundle_check import Run
 from exporter.parity.documents import tokens_sha256
 from exporter.parity.gates import load_thresholds
 from exporter.parity.inputs import make_documents, open_pair
+from exporter.parity.int8_base import Onto
 from exporter.parity.oracle import Oracle
 from exporter.parity.pairs import common_pairs
 from exporter.parity.scoring import LogitStore
@@ -95,16 +96,15 @@ def write_adapter(directory: Path, model: GPT2LMHeadModel, *, r: int = 4, std: f
     peft.save_pretrained(str(directory))
 
 
-def score_pair(made: Made, directory: Path) -> Run:
+def score_pair(made: Made, directory: Path, onto: Onto = "original") -> Run:
     """What `verify` shares between bundles: the references, scored once for all tests that damage a bundle."""
     pair = open_pair(made.base, [(made.adapter, 1.0)])
     documents, _ = make_documents(pair, made.prompts, "commit", ALPACA)
     store = LogitStore(directory, documents, pair.vocabulary)
-    reference = _score_references(pair, store, "int8", tokens_sha256(documents), SILENT)
+    reference = _score_references(pair, store, "int8", tokens_sha256(documents), SILENT, onto)
     common = common_pairs(store, reference)
-    return Run(
-        pair, Oracle(pair.base, pair.weighted), documents, store, reference, common, load_thresholds(), "commit", SILENT
-    )
+    oracle = Oracle(pair.base, pair.weighted, onto)
+    return Run(pair, oracle, documents, store, reference, common, load_thresholds(), "commit", SILENT)
 
 
 @pytest.fixture(scope="session")

@@ -81,6 +81,9 @@ def test_right_bundles_pass_with_every_mutant_dead(passed: Verification) -> None
             assert set(mutant.killed_by) <= set(mutant.expected)
         assert sum(stage.share or 0 for stage in bundle.stages) == pytest.approx(1)
         assert {"R-O", "T-R", "F-O1", "O-D", "O-P"} <= {gate.pair for gate in bundle.gates}
+        (cache,) = (gate for gate in bundle.gates if gate.statistic == "cache_nmse")
+        assert (cache.outcome, cache.tokens > 0) == ("RECORDED", True)
+        assert 0 <= (cache.estimate or 0) < 1e-3
     float_bundle, int8, int4 = passed.bundles
     assert float_bundle.quality is None
     assert (int8.quality, int4.quality) == ("PASS", "PASS")

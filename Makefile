@@ -55,7 +55,7 @@ coverage: setup ## how often the intervals of verify hold, by simulation
 	$(VENV)/bin/python benchmarks/coverage.py
 
 faults: setup ## every fault against every command; the matrix in build/fault-matrix.md
-	$(VENV)/bin/python -m pytest tests/faults
+	EXPORTER_FAULT_MATRIX=build/fault-matrix.md $(VENV)/bin/python -m pytest tests/faults
 
 full-size: setup ## every stage at 6.7B, with its figures (ARGS="--size 111M" for less)
 	$(VENV)/bin/python benchmarks/full_size.py $(ARGS)

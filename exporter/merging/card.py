@@ -1,13 +1,13 @@
 """The small files beside the weights: config, generation_config, index, model card."""
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import metadata_load
 
 from exporter import prompts
 from exporter.errors import UsageError
@@ -16,6 +16,11 @@ from exporter.progress import Progress
 from exporter.sources.adapter import Adapter
 from exporter.sources.hub import Source
 from exporter.sources.tokenizer import TOKENIZER_JSON, build_tokenizer_json, tokenizer_files
+
+FRONT_MATTER = 64 << 10  # bytes of a card that are looked at; most have one or two thousand before their text
+ENTRY = 400  # letters of the entry that states a licence
+# A card is anybody's text, and YAML a language to write bombs in: only the entries that are asked for are parsed.
+STATED = re.compile(r"^(license|license_name)[ \t]*:.*(?:\n[ \t]+.*)*", re.MULTILINE)
 
 
 def small_files(
@@ -115,16 +120,34 @@ def index_bytes(plan: MergePlan) -> bytes:
 
 
 def licence_of(directory: Path) -> str:
-    """The licence that a model's card declares in its front matter, or "unknown"."""
+    """The licence that a model's card declares in its front matter, in one short line, or "unknown"."""
     path = directory / "README.md"
     if not path.is_file():
         return "unknown"
     try:
-        metadata: Any = metadata_load(path)
-    except (ValueError, TypeError, OSError, yaml.YAMLError):
+        stated = {found[1]: found[0] for found in STATED.finditer(_front_matter(path))}
+        licence = _text(stated.get("license_name", "")) or _text(stated.get("license", ""))
+    except (ValueError, OverflowError, RecursionError, OSError, yaml.YAMLError):
         return "unknown"
-    licence = metadata.get("license_name") or metadata.get("license") if isinstance(metadata, Mapping) else None
-    return licence if isinstance(licence, str) else "unknown"
+    return licence if licence.isprintable() and licence else "unknown"
+
+
+def _front_matter(path: Path) -> str:
+    """What stands between the card's first line and the next one of three dashes; nothing where that comes too late."""
+    with path.open("rb") as file:
+        lines = file.read(FRONT_MATTER).lstrip().splitlines()
+    if lines[:1] != [b"---"] or b"---" not in lines[1:]:
+        return ""
+    return b"\n".join(lines[1 : lines.index(b"---", 1)]).decode()
+
+
+def _text(entry: str) -> str:
+    """The value of one entry of a mapping where it is text, else nothing. Nothing is built of the YAML's nodes."""
+    node = yaml.compose(entry, yaml.SafeLoader) if len(entry) <= ENTRY else None
+    match node:
+        case yaml.MappingNode(value=[(_, yaml.ScalarNode(tag="tag:yaml.org,2002:str", value=text))]):
+            return text
+    return ""
 
 
 @dataclass(frozen=True, slots=True)

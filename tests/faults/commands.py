@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from exporter.manifest import MANIFEST
 
@@ -28,13 +29,15 @@ class Inputs:
 class Command:
     """arguments: of the command line, for these inputs and this output directory. reads: weights that it opens.
 
-    copies: the output is a copy of the merged checkpoint to begin with. writes: it has an output directory.
+    copies: the output is a copy of the merged checkpoint to begin with. writes: it has an output directory; a command
+    without one answers in JSON. varying: that answer's keys whose values differ from run to run.
     """
 
     arguments: Callable[[Path, Path], list[str | Path]]
     reads: str
     copies: bool = False
     writes: bool = True
+    varying: tuple[str, ...] = ()
 
     def begin(self, inputs: Inputs, out: Path) -> None:
         if self.copies:
@@ -42,6 +45,23 @@ class Command:
 
     def line(self, inputs: Inputs, out: Path) -> list[str]:
         return [*map(str, self.arguments(inputs.root, out)), "--quiet"]
+
+    def answer(self, stdout: str) -> Any:
+        return _without(json.loads(stdout), self.varying)
+
+
+def listed(stdout: str) -> str:
+    """What is wrong, as the answers of `inspect` and `doctor` list it."""
+    answer = json.loads(stdout)
+    return "\n".join(answer.get("problems") or [one["detail"] for one in answer["checks"] if not one["ok"]])
+
+
+def _without(value: Any, keys: tuple[str, ...]) -> Any:
+    if isinstance(value, list):
+        return [_without(item, keys) for item in value]
+    if isinstance(value, dict):
+        return {key: _without(item, keys) for key, item in value.items() if key not in keys}
+    return value
 
 
 def _pair(root: Path) -> list[str | Path]:
@@ -86,7 +106,15 @@ COMMANDS: Mapping[str, Command] = {
         lambda root, out: ["generate", root / "int8", "--prompt", "Once upon", "--max-new-tokens", "8", "--json"],
         INT8,
         writes=False,
+        varying=("bundle",),
     ),
+    "inspect": Command(
+        lambda root, out: ["inspect", *_pair(root), "--json"], BASE, writes=False, varying=("source", "seconds")
+    ),
+    "verify-manifest": Command(
+        lambda root, out: ["verify-manifest", root / "int8", "--json"], INT8, writes=False, varying=("directory",)
+    ),
+    "doctor": Command(lambda root, out: ["doctor", "--json"], "", writes=False, varying=("detail",)),
 }  # fmt: skip
 
 

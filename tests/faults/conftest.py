@@ -1,6 +1,9 @@
 """One small pair with what each command reads, and the matrix that a session of these tests writes."""
 
 import json
+import os
+import signal
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ from tests.forked import Ended, Forks
 from tests.pairs import gpt2_config, make_pair
 from tests.parity.conftest import PROMPTS, write_adapter, write_base
 
-REPORT = Path(__file__).parents[2] / "build"
+MATRIX = "EXPORTER_FAULT_MATRIX"  # names the file for the matrix: `make faults` does, whose session has every row
 _cells: dict[tuple[str, str], list[str]] = {}
 
 
@@ -71,6 +74,28 @@ def undisturbed(forks: Forks, inputs: Inputs, tmp_path_factory: pytest.TempPathF
     return of
 
 
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 64 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        yield Path()
+        return
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def remount(disk: Path, option: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{option}", str(disk)], check=True)
+
+
+def require(disk: Path) -> None:
+    if not disk.name:
+        pytest.skip("only root may mount a small file system")
+
+
 Outcome = Callable[[str], None]
 
 
@@ -88,17 +113,30 @@ def matrix(fault: str, command: str) -> Iterator[Outcome]:
         _cells.setdefault((fault, command), []).extend(said)
 
 
+def ending(ended: Ended) -> str:
+    """How a command ended, as a cell says it."""
+    return signal.Signals(-ended.code).name if ended.code < 0 else f"exit {ended.code}"
+
+
+def points(counts: Mapping[str, int], *calls: str) -> list[tuple[str, int]]:
+    """Each of these calls that is made at all, and how often. At least one: else a fault would meet nothing."""
+    made = [(call, counts[call]) for call in calls if counts[call]]
+    assert made, f"none of {', '.join(calls)} is called: the fault met nothing"
+    return made
+
+
 def pytest_sessionfinish() -> None:
-    if not _cells:
+    if not _cells or MATRIX not in os.environ:
         return
-    REPORT.mkdir(exist_ok=True)
+    report = Path(os.environ[MATRIX])
+    report.parent.mkdir(exist_ok=True)
     faults = list(dict.fromkeys(fault for fault, _ in _cells))
     names = [*COMMANDS, "serve"]
     table = {fault: {name: _cell(fault, name) for name in names} for fault in faults}
     lines = ["| fault | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
     lines += [f"| {fault} | " + " | ".join(cells.values()) + " |" for fault, cells in table.items()]
-    (REPORT / "fault-matrix.md").write_text("\n".join(lines) + "\n")
-    (REPORT / "fault-matrix.json").write_text(json.dumps(table, indent=1) + "\n")
+    report.write_text("\n".join(lines) + "\n")
+    report.with_suffix(".json").write_text(json.dumps(table, indent=1) + "\n")
 
 
 def _cell(fault: str, command: str) -> str:

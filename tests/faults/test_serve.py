@@ -16,8 +16,8 @@ import httpx
 import pytest
 
 from tests.faults.commands import Inputs
-from tests.faults.conftest import matrix
-from tests.forked import TIMEOUT, Ended, Fault, Forks
+from tests.faults.conftest import ending, matrix, remount, require
+from tests.forked import NONE, TIMEOUT, Ended, Fault, Forks
 
 ASKED = {"model": "it", "prompt": "Once upon", "max_tokens": 60, "temperature": 0}
 
@@ -40,14 +40,18 @@ class Serving:
             os.kill(self.pid, signal.SIGTERM)
         self.terminated = True
 
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        self.terminated = True
+
 
 @contextmanager
-def serving(forks: Forks, bundle: Path) -> Iterator[Serving]:
+def serving(forks: Forks, bundle: Path, fault: Fault = NONE) -> Iterator[Serving]:
     """Terminated at the end, where it still runs."""
     ended: list[Ended] = []
     forks.out.write_text("")
     command = ["serve", f"it={bundle}", "--port", "0", "--threads", "1", "--json", "--quiet"]
-    thread = threading.Thread(target=lambda: ended.append(forks.run(command)))
+    thread = threading.Thread(target=lambda: ended.append(forks.run(command, fault)))
     thread.start()
     ready = _ready(forks, thread)
     server = Serving(httpx.Client(base_url=ready["url"], timeout=TIMEOUT), ready["pid"])
@@ -119,6 +123,44 @@ def test_a_bundle_that_is_taken_away(forks: Forks, bundle: Path, tmp_path: Path,
         outcome("same answers")
 
 
+def test_killed_in_the_middle_of_an_answer(forks: Forks, bundle: Path) -> None:
+    with matrix("SIGKILL", "serve") as outcome:
+        with serving(forks, bundle) as server:
+            whole = server.text()
+            with server.client.stream("POST", "/v1/completions", json={**ASKED, "stream": True}) as answer:
+                next(answer.iter_lines())
+                server.kill()
+        assert server.ended is not None
+        assert server.ended.code == -signal.SIGKILL, server.ended.log
+        with serving(forks, bundle) as server:
+            assert server.text() == whole
+        outcome("starts again, same answers")
+
+
+def test_a_clock_that_goes_backwards(forks: Forks, bundle: Path) -> None:
+    with matrix("clock", "serve") as outcome:
+        with serving(forks, bundle) as server:
+            before = server.text()
+        with serving(forks, bundle, Fault(clock=True)) as server:
+            assert server.text() == before
+        assert server.ended is not None
+        assert server.ended.code == 143, server.ended.log
+        outcome("same answers")
+
+
+def test_a_bundle_of_an_odd_name_that_is_read_only(forks: Forks, bundle: Path, disk: Path) -> None:
+    with matrix("odd names", "serve") as odd, matrix("read-only inputs", "serve") as read_only:
+        require(disk)
+        with serving(forks, bundle) as server:
+            before = server.text()
+        place = Path(shutil.copytree(bundle, disk / "Größe 'naïve' 模型 \"x\" $HOME 100% #1"))
+        remount(disk, "ro")
+        with serving(forks, place) as server:
+            assert server.text() == before
+        odd("same answers")
+        read_only("same answers")
+
+
 def test_a_port_that_is_taken(forks: Forks, bundle: Path) -> None:
     with matrix("port taken", "serve") as outcome, socket.create_server(("127.0.0.1", 0)) as other:
         assert "in use" in refused(begun(forks, bundle, Fault(), other.getsockname()[1]))
@@ -136,4 +178,4 @@ def test_no_memory(forks: Forks, bundle: Path) -> None:
         ended = begun(forks, bundle, Fault(memory=1))
         if ended.code not in (-signal.SIGABRT, -signal.SIGSEGV):  # the C library's own end
             assert "memory" in refused(ended).lower()
-        outcome("exit 5")
+        outcome(f"{ending(ended)} without memory")

@@ -4,13 +4,13 @@ import shutil
 
 import pytest
 
-from tests.hostile import bundles, json_files, links, pickles, requests, safetensors_headers, texts
+from tests.hostile import bundles, cards, json_files, links, pickles, requests, safetensors_headers, texts
 from tests.hostile.case import Case
 from tests.hostile.conftest import CommandLine
 from tests.hostile.guard import Outside
 from tests.hostile.material import Tree
 
-MODULES = (safetensors_headers, pickles, json_files, links, texts, requests, bundles)
+MODULES = (safetensors_headers, pickles, json_files, links, texts, cards, requests, bundles)
 CASES: list[Case] = [case for module in MODULES for case in module.CASES]
 
 

@@ -19,14 +19,16 @@ from hypothesis import strategies as st
 
 from exporter.errors import ExporterError
 from exporter.graph.bundle import bundles_in
+from exporter.graph.genai_config import stop_tokens
 from exporter.graph.graph_check import load_graph, require_our_operators
 from exporter.graph.weights import open_weights
 from exporter.json_text import parse_json
 from exporter.manifest import read_manifest
 from exporter.manifest_check import verify_manifest
+from exporter.merging.card import licence_of
 from exporter.parity.documents import read_rows
 from exporter.parity.reference import read_capture
-from exporter.prompts import chat_template, special_tokens
+from exporter.prompts import chat_template, render_chat, special_tokens
 from exporter.runtime.text import load_tokenizer
 from exporter.sources import legacy_torch_file, safetensors_file, torch_file
 from exporter.sources.adapter import open_adapter
@@ -86,6 +88,7 @@ BYTES: dict[str, tuple[str, Callable[[Tree], object]]] = {
     "names of codes": ("int8/weights.safetensors", lambda t: open_weights(t.int8 / "weights.safetensors")),
     "captured reference": ("reference", lambda t: read_capture(t.root / "reference")),
     "spec": ("spec.toml", lambda t: read_spec(t.root / "spec.toml")),
+    "card": ("merged/README.md", lambda t: licence_of(t.merged)),
     "prompts": ("prompts.jsonl", lambda t: read_rows(t.root / "prompts.jsonl")),
     "tokenizer": ("merged/tokenizer.json", lambda t: load_tokenizer(t.merged).encode("Hi there")),
     "manifest": ("merged/exporter.json", lambda t: (read_manifest(t.merged), bundles_in(t.merged))),
@@ -113,6 +116,7 @@ DOCUMENTS: dict[str, tuple[str, Callable[[Tree], object]]] = {
     "adapter config": ("adapter/adapter_config.json", lambda t: open_adapter(t.adapter)),
     "manifest": ("merged/exporter.json", lambda t: verify_manifest(t.merged)),
     "tokenizer": ("merged/tokenizer.json", lambda t: load_tokenizer(t.merged).encode("Hi there")),
+    "generation config": ("merged/generation_config.json", lambda t: stop_tokens(t.merged, {"model_type": "gpt2"})),
     "template": ("base/tokenizer_config.json", lambda t: (chat_template(t.base), special_tokens(t.base))),
 }
 
@@ -152,6 +156,36 @@ def test_json_text(data: bytes) -> None:
     with limits(), suppress(ValueError):
         value = parse_json(data)
         json.dumps(value).encode()
+
+
+YAML = st.sampled_from(
+    ["license", "license_name", "mit", ": ", ":", "\n", "\n  ", "- ", "? ", "[", "]", "{", "}", ", ", "&a ", "*a", "|",
+     ">-", "<<: ", "!!int ", "!!python/name:os.system ", '"', "'", "\\u", "\\U", "ffffffff", "#", "---", "...",
+     "%YAML ", "7", "1:", ".5", "null", "\t", "\0", "\ufeff"]
+)  # fmt: skip
+
+
+@fuzzing
+@given(parts=st.lists(YAML | st.text(max_size=4), max_size=40))
+def test_a_card(files: Tree, parts: list[str]) -> None:
+    card = "---\nlicense: " + "".join(parts) + "\n---\n"
+    refused_or_read(files.merged / "README.md", card.encode(), lambda: licence_of(files.merged).encode())
+
+
+JINJA = st.sampled_from(
+    ["{{ ", " }}", "{% ", " %}", "{# ", " #}", "for m in messages", "endfor", "if ", "else", "endif", "set x = ",
+     "macro x()", "endmacro", "x()", "messages", "messages[0]", "m", ".content", "['content']", "|tojson", "|list",
+     "|map('upper')", "|attr(", "'__class__'", "range(", "10**9", ")", "'x' * ", " ~ ", "raise_exception(", "'%'",
+     "strftime_now(", "generation", "endgeneration", "break", "namespace(",
+     "{% for m in messages %}{{ m['content'] }}{% endfor %}"]
+)  # fmt: skip
+
+
+@fuzzing
+@given(parts=st.lists(JINJA | st.text(max_size=4), max_size=20))
+def test_a_template(parts: list[str]) -> None:
+    with limits(), suppress(ExporterError):
+        render_chat("".join(parts), [{"role": "user", "content": "Hi"}])
 
 
 CODES = b"\x80(.0123FIJKLMNSTUVXabcdeghijlopqrstu}]\x85\x86\x87\x93R"

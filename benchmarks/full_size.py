@@ -27,7 +27,7 @@ import make_base
 import psutil
 from bench_decode import processor
 from disk_plan import DiskPlan, plan_disk
-from full_size_stages import Stage, ask_and_stop, free_port, stages, without
+from full_size_stages import BUNDLES, Stage, ask_and_stop, free_port, stages, without
 from process_figures import measure
 
 from exporter.errors import ExporterError
@@ -66,11 +66,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shard-size", default="10GB", help="of the base: what transformers used in 2023")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--skip", nargs="+", default=[], help="stages to leave out, such as verify")
+    parser.add_argument("--verify", nargs="+", default=BUNDLES, choices=BUNDLES, help="the bundles that verify takes")
     parser.add_argument("--budget", nargs="+", default=[], help="STAGE=SIZE instead of its own, such as merge=600MB")
     parser.add_argument("--keep", action="store_true", help="leave the models and what is recorded of them")
     options = parser.parse_args()
     options.work, options.report = options.work.absolute(), (options.report or options.work).absolute()
-    options.stages = stages(shape_arguments(options.size), options.shard_size, options.new_tokens)
+    options.stages = stages(shape_arguments(options.size), options.shard_size, options.new_tokens, options.verify)
     known = {stage.name for stage in options.stages}
     try:
         options.budget = {name: parse_size(size) for name, size in (one.split("=") for one in options.budget)}

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ EXPORTER = (sys.executable, "-m", "exporter.cli")
 GB = 1_000_000_000
 READY_SECONDS = 900.0
 INSTRUCTION = "How do I make apple juice?"
+BUNDLES = ("merged", "int8", "int4")  # merged holds the native graph
 Entries = dict[str, dict[str, Any]]
 Command = tuple[str, ...]
 
@@ -45,10 +46,10 @@ class Stage:
     keeps: str = ""  # where it may have left what it goes on from
 
 
-def stages(size: tuple[str, ...], shard_size: str, new_tokens: int) -> list[Stage]:
-    """All of them in order. size: make_base's arguments for the shape."""
+def stages(size: tuple[str, ...], shard_size: str, new_tokens: int, verified: Sequence[str] = BUNDLES) -> list[Stage]:
+    """All of them in order. size: make_base's arguments for the shape. verified: the bundles that `verify` takes."""
     pair = ("--base", "pair/base", "--adapter", "pair/adapter")
-    bundles = ("--bundle", "merged", "--bundle", "int8", "--bundle", "int4")
+    bundles = tuple(word for name in verified for word in ("--bundle", name))
     ask = ("--instruction", INSTRUCTION, "--max-new-tokens", str(new_tokens), "--json", "--quiet")
     kind = ("--from-demo", "--format", "bin", "--dtype", "float16", "--old-buffers", "--shard-size", shard_size)
     return [
@@ -89,7 +90,7 @@ def stages(size: tuple[str, ...], shard_size: str, new_tokens: int) -> list[Stag
         Stage(
             "verify",
             (*EXPORTER, "verify", *pair, *bundles, "--report", "parity", "--scratch", "logits", "--json", "--quiet"),
-            ("make base", "merge", "export native", "export int8", "export int4"),
+            ("make base", "merge", *(f"export {name.replace('merged', 'native')}" for name in verified)),
             lambda work: _files(work, "parity"),
             budget=22 * GB,
             verdicts=(1, 3),

@@ -29,6 +29,7 @@ from exporter.parity.oracle import Adapted, Oracle
 from exporter.parity.result import GateResult, Mutant
 from exporter.parity.statistics import PairTokens
 from exporter.parity.weights import (
+    Rows,
     allowed_types,
     canonical_weights,
     elements_pass,
@@ -50,25 +51,25 @@ UNTOUCHED, ONTO = "weights.untouched", "weights.onto"
 
 @dataclass(frozen=True, slots=True)
 class MergeMutation:
-    """`change(adapted, next)` is the delta that the faulty merge would add, or why there is none for this target."""
+    """`change(adapted, next)` gives rows of the delta that the faulty merge would add, or why there is none."""
 
     name: str
-    change: Callable[[Adapted, Adapted | None], Float | str]
+    change: Callable[[Adapted, Adapted | None], Rows | str]
 
 
 def merge_mutations(adapted: Sequence[Adapted] = ()) -> list[MergeMutation]:
     """The mutations of every merge, and those of what is among `adapted`: DoRA, replaced values."""
     mutations = [
-        MergeMutation("adapter dropped", lambda a, _: np.zeros_like(a.delta)),
-        MergeMutation("scale x 0.5", lambda a, _: 0.5 * a.delta),
-        MergeMutation("scale x 0.9", lambda a, _: 0.9 * a.delta),
-        MergeMutation("scale x 2", lambda a, _: 2 * a.delta),
+        MergeMutation("adapter dropped", lambda a, _: lambda rows: np.zeros_like(a.merged[rows])),
+        MergeMutation("scale x 0.5", lambda a, _: _times(0.5, a)),
+        MergeMutation("scale x 0.9", lambda a, _: _times(0.9, a)),
+        MergeMutation("scale x 2", lambda a, _: _times(2, a)),
         MergeMutation("alpha instead of alpha / r", _alpha_alone),
-        MergeMutation("merged twice", lambda a, _: a.delta + a.delta),
+        MergeMutation("merged twice", lambda a, _: lambda rows: a.delta_of(rows) + a.delta_of(rows)),
         MergeMutation("layers shuffled", _next_layer),
         MergeMutation("q, k, v swapped", _thirds_swapped),
         MergeMutation("transposed", _transposed),
-        MergeMutation("rows shuffled", lambda a, _: np.roll(a.delta, 1, axis=0)),
+        MergeMutation("rows shuffled", lambda a, _: _rolled(a, 1)),
     ]
     if any(one.plain is not None for one in adapted):
         mutations.append(MergeMutation("magnitude left out", _without_magnitude))
@@ -83,8 +84,9 @@ def merge_mutants(bundle: Bundle, oracle: Oracle, limits: ProjectionLimits) -> l
     names = oracle.names
     tallies: dict[str, _Tally] = {mutation.name: _Tally() for mutation in merge_mutations()}
     expected = {PROJECTION}
+    other: Adapted | None = None
     for name in names:
-        adapted = oracle.merge(name)
+        adapted = other if other is not None and other.name == name else oracle.merge(name)
         following = _same_shape(name, oracle)
         other = oracle.merge(following) if following else None
         weight = weights[name]
@@ -96,7 +98,7 @@ def merge_mutants(bundle: Bundle, oracle: Oracle, limits: ProjectionLimits) -> l
             tally = tallies.setdefault(mutation.name, _Tally())
             if isinstance(delta, str):
                 tally.reasons.append(delta)
-            elif not (delta != adapted.delta).any():
+            elif not any((delta(rows) != adapted.delta_of(rows)).any() for rows in row_blocks(stored)):
                 tally.reasons.append(f"{name}: equals the original, max |difference| = 0")
             elif _is_below_rounding(weight, adapted, delta, oracle):
                 tally.reasons.append(f"{name}: the same bundle, for what it changes is lost in rounding")
@@ -116,19 +118,18 @@ def _same_shape(name: str, oracle: Oracle) -> str | None:
     return next((one for one in others if oracle.base_info(one).shape == shape), others[0] if others else None)
 
 
-def _is_below_rounding(weight: Weight, adapted: Adapted, delta: Float, oracle: Oracle) -> bool:
+def _is_below_rounding(weight: Weight, adapted: Adapted, delta: Rows, oracle: Oracle) -> bool:
     """True where a faulty merge gives the very bytes of the right one, or one that no quantized weight can tell."""
-    if isinstance(weight, Quantized):
-        if not adapted.is_exact:
-            return False
-        steps = quantization_steps(weight)[0].numpy()
-        return bool((np.abs(delta - adapted.delta) <= steps).all())
-    kept = allowed_types(weight, oracle.base_info(adapted.name))[-1]
     if not adapted.is_exact:
         return False
+    blocks = row_blocks(adapted.merged)
+    if isinstance(weight, Quantized):
+        steps = np.broadcast_to(quantization_steps(weight)[0].numpy(), adapted.merged.shape)
+        return all(bool((np.abs(delta(rows) - adapted.delta_of(rows)) <= steps[rows]).all()) for rows in blocks)
+    kept = allowed_types(weight, oracle.base_info(adapted.name))[-1]
     return all(
-        np.array_equal(round_to(adapted.original[rows] + delta[rows], kept), round_to(adapted.merged[rows], kept))
-        for rows in row_blocks(delta)
+        np.array_equal(round_to(adapted.original[rows] + delta(rows), kept), round_to(adapted.merged[rows], kept))
+        for rows in blocks
     )
 
 
@@ -154,7 +155,7 @@ def _onto_mutant(weights: Mapping[str, Weight], oracle: Oracle, limits: Projecti
                 continue
             types = allowed_types(weight, info)
             wrong = round_to(adapted.merged + own.double().numpy() - adapted.original, types[-1])
-            gate, seen = ELEMENTS, not elements_pass(wrong, adapted, types)
+            gate, seen = ELEMENTS, not elements_pass(wrong.__getitem__, adapted, types)
         else:
             values = oracle.original(one).double().numpy()
             gate, seen = UNTOUCHED, not np.array_equal(own.double().numpy(), round_to(values, info.dtype))
@@ -197,17 +198,23 @@ class _Tally:
 
 
 def _killers(
-    stored: Float, adapted: Adapted, delta: Float, weight: Weight, oracle: Oracle, limits: ProjectionLimits
+    stored: Float, adapted: Adapted, delta: Rows, weight: Weight, oracle: Oracle, limits: ProjectionLimits
 ) -> set[str]:
     """The gates that see a bundle into which `delta` was merged. A quantized bundle keeps its quantization noise."""
     killers = set()
     if isinstance(weight, Quantized):
-        wrong = stored + (delta - adapted.delta)
-        if adapted.is_exact and not within_step(weight, wrong, adapted.merged):
+
+        def wrong(rows: slice) -> Float:
+            return stored[rows] + (delta(rows) - adapted.delta_of(rows))
+
+        if adapted.is_exact and not within_step(weight, wrong(slice(None)), adapted.merged):
             killers.add(STEP)
     else:
         types = allowed_types(weight, oracle.base_info(adapted.name))
-        wrong = round_to(adapted.original + delta, types[-1])
+
+        def wrong(rows: slice) -> Float:
+            return round_to(adapted.original[rows] + delta(rows), types[-1])
+
         if not elements_pass(wrong, adapted, types):
             killers.add(ELEMENTS)
     if is_projected(weight, adapted) and judge_projection(project(wrong, adapted), limits) == "FAIL":
@@ -215,53 +222,69 @@ def _killers(
     return killers
 
 
-def _alpha_alone(adapted: Adapted, _: Adapted | None) -> Float | str:
+def _times(factor: float, adapted: Adapted) -> Rows:
+    return lambda rows: factor * adapted.delta_of(rows)
+
+
+def _rolled(adapted: Adapted, shift: int) -> Rows:
+    """Rows of np.roll(delta, shift, axis=0)."""
+
+    def rolled(rows: slice) -> Float:
+        at = np.arange(len(adapted.merged))[rows] - shift
+        return adapted.merged.take(at, 0, mode="wrap") - adapted.original.take(at, 0, mode="wrap")
+
+    return rolled
+
+
+def _alpha_alone(adapted: Adapted, _: Adapted | None) -> Rows | str:
     if not adapted.alphas:
         return f"{adapted.name}: no alpha"
     if len(adapted.ranks) != 1:
         return "several adapters: no single alpha"
     if adapted.alphas[0] == adapted.scalings[0]:
         return f"alpha / r = alpha: r = {adapted.ranks[0]}"
-    return adapted.delta * (adapted.alphas[0] / adapted.scalings[0]) if adapted.scalings[0] else "the scaling is 0"
+    return _times(adapted.alphas[0] / adapted.scalings[0], adapted) if adapted.scalings[0] else "the scaling is 0"
 
 
-def _next_layer(adapted: Adapted, other: Adapted | None) -> Float | str:
+def _next_layer(adapted: Adapted, other: Adapted | None) -> Rows | str:
     if other is None:
         return "one target: nothing to shuffle with"
-    if other.delta.shape != adapted.delta.shape:
-        return f"{adapted.name} and {other.name} differ in shape: {adapted.delta.shape}, {other.delta.shape}"
-    return other.delta
+    if other.merged.shape != adapted.merged.shape:
+        return f"{adapted.name} and {other.name} differ in shape: {adapted.merged.shape}, {other.merged.shape}"
+    return other.delta_of
 
 
-def _thirds_swapped(adapted: Adapted, _: Adapted | None) -> Float | str:
-    if adapted.delta.ndim != 2:
-        return f"{adapted.name} {adapted.delta.shape} is no matrix"
-    rows, columns = adapted.delta.shape
-    axis = 1 if columns == 3 * rows else 0 if rows == 3 * columns else None
-    if axis is None:
-        return f"{adapted.name} {adapted.delta.shape} is no packed q|k|v"
-    q, k, v = np.split(adapted.delta, 3, axis=axis)
-    return np.concatenate([k, v, q], axis=axis)
+def _thirds_swapped(adapted: Adapted, _: Adapted | None) -> Rows | str:
+    """k|v|q instead of q|k|v, along the columns or the rows."""
+    shape = adapted.merged.shape
+    if len(shape) != 2:
+        return f"{adapted.name} {shape} is no matrix"
+    rows, columns = shape
+    if columns == 3 * rows:
+        return lambda some: np.roll(adapted.delta_of(some), -rows, axis=1)
+    return _rolled(adapted, -columns) if rows == 3 * columns else f"{adapted.name} {shape} is no packed q|k|v"
 
 
-def _transposed(adapted: Adapted, _: Adapted | None) -> Float | str:
-    if adapted.delta.ndim != 2 or adapted.delta.shape[0] != adapted.delta.shape[1]:
-        return f"{adapted.name} {adapted.delta.shape} is not square"
-    return adapted.delta.T.copy()
+def _transposed(adapted: Adapted, _: Adapted | None) -> Rows | str:
+    shape = adapted.merged.shape
+    if len(shape) != 2 or shape[0] != shape[1]:
+        return f"{adapted.name} {shape} is not square"
+    return lambda rows: adapted.merged.T[rows] - adapted.original.T[rows]
 
 
-def _without_magnitude(adapted: Adapted, _: Adapted | None) -> Float | str:
-    return f"{adapted.name}: no magnitude" if adapted.plain is None else adapted.plain - adapted.original
+def _without_magnitude(adapted: Adapted, _: Adapted | None) -> Rows | str:
+    plain = adapted.plain
+    return f"{adapted.name}: no magnitude" if plain is None else lambda rows: plain[rows] - adapted.original[rows]
 
 
-def _row_reverted(adapted: Adapted, _: Adapted | None) -> Float | str:
+def _row_reverted(adapted: Adapted, _: Adapted | None) -> Rows | str:
     """The row (or number) that the adapter changed most is the base's again."""
     if not adapted.is_exact:
         return f"{adapted.name} is not replaced"
     delta = adapted.delta
     size = np.abs(delta) if delta.ndim == 1 else np.linalg.norm(delta.reshape(len(delta), -1), axis=1)
     delta[size.argmax()] = 0
-    return delta
+    return delta.__getitem__
 
 
 @dataclass(frozen=True, slots=True)

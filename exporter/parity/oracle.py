@@ -54,6 +54,10 @@ class Adapted:
     def delta(self) -> Float:
         return self.merged - self.original
 
+    def delta_of(self, rows: slice) -> Float:
+        """Some rows of `delta`."""
+        return self.merged[rows] - self.original[rows]
+
 
 class Oracle:
     """The expected tensors of one base with its adapters, onto the base's own weights or its int8 codes.

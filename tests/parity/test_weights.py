@@ -91,12 +91,12 @@ def test_a_nan_is_a_wrong_element_and_no_projection(adapted: Adapted) -> None:
     stored = round_to(adapted.merged, "F16")
     stored[0, 0] = np.nan
     assert check_elements(stored, adapted, "F16").wrong == 1
-    assert judge_projection(project(stored, adapted), LIMITS) == "FAIL"
+    assert judge_projection(project(stored.__getitem__, adapted), LIMITS) == "FAIL"
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5, 0.9, 1.1, 2.0])
 def test_the_projection_is_the_factor_of_the_adapter(adapted: Adapted, factor: float) -> None:
-    found = project(adapted.original + factor * adapted.delta, adapted)
+    found = project((adapted.original + factor * adapted.delta).__getitem__, adapted)
     assert found.share == pytest.approx(factor, abs=1e-9)
     assert judge_projection(found, LIMITS) == "FAIL"
 
@@ -105,12 +105,14 @@ def test_noise_widens_the_projection_until_nothing_can_be_said(adapted: Adapted)
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 1, adapted.merged.shape)
     size = np.linalg.norm(adapted.delta)
-    small = project(adapted.merged + 0.001 * size * noise, adapted)
+    small = project((adapted.merged + 0.001 * size * noise).__getitem__, adapted)
     assert small.error == pytest.approx(0.001, rel=0.05)
     assert judge_projection(small, LIMITS) == "PASS"
-    assert judge_projection(project(adapted.merged + 0.2 * size * noise, adapted), LIMITS) == "INCONCLUSIVE"
+    assert (
+        judge_projection(project((adapted.merged + 0.2 * size * noise).__getitem__, adapted), LIMITS) == "INCONCLUSIVE"
+    )
     silent = replace(adapted, merged=adapted.original)
-    assert judge_projection(project(adapted.original, silent), LIMITS) == "INCONCLUSIVE"
+    assert judge_projection(project(adapted.original.__getitem__, silent), LIMITS) == "INCONCLUSIVE"
 
 
 @pytest.mark.parametrize("kind", ["merged", "int8", "int4"])

@@ -57,7 +57,9 @@ def compare_merge_bases(
     )
     score_fp32(store, model, memory, progress)
     columns: dict[str, list[Float]] = {"R-M32": [], "R-D": [], "T-D": [], "D-M32": []}
-    chain = Chain("T to R", ("T", "D", "R") if oracle.onto == "original" else ("D", "T", "R"))
+    chain = Chain("T to R", ("T", "D", "R"))
+    # Onto int8 it is the store's T that stands on the codes, and its D that does not.
+    order = ("T", "D", "R") if oracle.onto == "original" else ("D", "T", "R")
     for document in store.documents:
         for rows, targets in blocks(document):
             view = {name: score(store.read(name, document, rows), targets) for name in ("T", "M32", "D")}
@@ -67,7 +69,7 @@ def compare_merge_bases(
             columns["D-M32"].append(kl_divergence(view["D"].log_p, view["M32"].log_p, view["D"].p))
             if isinstance(reference, LiveReference):
                 view["R"] = score(store.read("R", document, rows), targets)
-                chain.add([view[one].log_p for one in chain.models])
+                chain.add([view[one].log_p for one in order])
     store.drop("D")
     kl = {name: np.concatenate(parts) for name, parts in columns.items()}
     zero = np.zeros(len(merged.document))

@@ -1,6 +1,7 @@
 """Greedy tokens of one prompt from each runtime that opens a bundle, up to and without the token that ends it."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -48,12 +49,15 @@ def genai_tokens(bundle: Bundle, prompt: list[int], count: int, end: int, adapte
     return until(generator.get_sequence(0)[len(prompt) :].tolist(), end)
 
 
-def clear_choices(bundle: Bundle, prompt: list[int], chosen: list[int], margin: float, adapter: str | None) -> int:
-    """How many of `chosen` are made before the two best logits are nearer than `margin` for the first time."""
+def clear_stretches(
+    bundle: Bundle, prompt: list[int], chosen: list[int], margin: float, adapter: str | None
+) -> list[slice]:
+    """The parts of `chosen` without a choice whose two best logits are nearer than `margin`."""
     runner = load(bundle, adapter=adapter, threads=1)
-    logits = np.sort(runner.logits([*prompt, *chosen])[len(prompt) - 1 :], axis=1)
-    unclear = np.flatnonzero(logits[:, -1] - logits[:, -2] < margin)
-    return int(unclear[0]) if len(unclear) else len(chosen)
+    logits = np.sort(runner.logits([*prompt, *chosen])[len(prompt) - 1 : -1], axis=1)
+    unclear = np.flatnonzero(logits[:, -1] - logits[:, -2] < margin).tolist()
+    bounds = pairwise([-1, *unclear, len(chosen)])
+    return [slice(before + 1, after) for before, after in bounds if before + 1 < after]
 
 
 def plain_files(directory: Path) -> bool:

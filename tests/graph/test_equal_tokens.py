@@ -15,7 +15,7 @@ from exporter.graph import Bundle, export
 from exporter.graph.quantize import ACCURACY_LEVEL
 from exporter.runtime.text import load_tokenizer
 from tests.graph.conftest import END, save_byte_tokenizer, tiny_model, tokens
-from tests.graph.runtimes import clear_choices, genai_tokens, optimum_tokens, plain_files, runner_tokens
+from tests.graph.runtimes import clear_stretches, genai_tokens, optimum_tokens, plain_files, runner_tokens
 from tests.graph.test_adapters import make_adapter
 from tests.graph.test_gpt_neox import tiny_neox
 
@@ -96,18 +96,19 @@ def demo_case(precision: str, root: Path, merged: Path) -> Case:
 
 
 def compare(case: Case, tie: float) -> tuple[int, int]:
-    """Choices that were compared, and all that were made; a text is compared up to its first tie."""
+    """Choices that were compared, and all that were made. Behind a tie each runtime goes on from our choice."""
     compared, answers = 0, set()
     onnx.checker.check_model(case.bundle.graph, full_check=True)
     assert plain_files(case.bundle.directory)
     for prompt in case.prompts:
         for adapter in case.adapters:
             ours = runner_tokens(case.bundle, prompt, NEW, case.end, adapter)
-            clear = clear_choices(case.bundle, prompt, ours, tie, adapter)
-            assert genai_tokens(case.bundle, prompt, NEW, case.end, adapter)[:clear] == ours[:clear]
-            if adapter is None:  # optimum knows no adapters
-                assert optimum_tokens(case.bundle, prompt, NEW, case.end)[:clear] == ours[:clear]
-            compared += clear
+            for clear in clear_stretches(case.bundle, prompt, ours, tie, adapter):
+                given, wanted = prompt + ours[: clear.start], ours[clear]
+                assert genai_tokens(case.bundle, given, len(wanted), case.end, adapter) == wanted
+                if adapter is None:  # optimum knows no adapters
+                    assert optimum_tokens(case.bundle, given, len(wanted), case.end) == wanted
+                compared += len(wanted)
             answers.add((adapter, *ours))
     assert len(answers) == len(case.prompts) * len(case.adapters), "prompts and adapters must tell answers apart"
     return compared, sum(len(answer) - 1 for answer in answers)
@@ -137,5 +138,6 @@ def test_so_they_do_on_the_trained_pair(tmp_path: Path, demo: Path, precision: s
 
 @pytest.mark.parametrize("precision", QUANTIZED)
 def test_with_8_bit_activations_every_clear_choice_is_the_same(tmp_path: Path, demo: Path, precision: str) -> None:
-    compared, _ = compare(demo_case(precision, tmp_path, demo), ROUNDED_TIE)
-    assert compared > 0
+    compared, made = compare(demo_case(precision, tmp_path, demo), ROUNDED_TIE)
+    print(f"{precision}: {compared} of {made} choices were compared")
+    assert compared >= 0.5 * made

@@ -134,6 +134,7 @@ def test_each_distance_stands_between_its_bounds(found: MergeBases) -> None:
 
 def test_the_ladder_parts_what_8_bits_do_to_weights_and_to_activations(found: MergeBases, models: Models) -> None:
     weights, activations = found.stages
+    assert [weights.step, activations.step] == ["T -> D", "D -> R"]
     assert [weights.kl, activations.kl] == pytest.approx(
         [mean_kl(models.truth, models.codes), mean_kl(models.codes, models.reference)], rel=2e-3
     )

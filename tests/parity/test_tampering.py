@@ -69,41 +69,46 @@ def test_one_flipped_bit(name: str, bit: int, update: bool, copy: Path, scored: 
     assert weight_failures(copy, scored.oracle) >= {"weights.elements" if "c_attn" in name else "weights.untouched"}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_lowest_bit_of_other_types(dtype: str, made: Made, tmp_path: Path) -> None:
-    """A right float32 merge may differ in its last bit only where an element stands at a boundary of rounding."""
+@pytest.mark.parametrize(("dtype", "bit"), [("float32", 3), ("bfloat16", 0)])
+def test_the_lowest_bit_of_other_types_that_is_known(dtype: str, bit: int, made: Made, tmp_path: Path) -> None:
+    """In float32 the last bits of a right merge depend on the order of LoRA's sum, where it is as large as here."""
     merge(base=made.base, adapter=made.adapter, out=tmp_path / "merged", template="alpaca", dtype=dtype)
     export(tmp_path / "merged")
     oracle = Oracle(open_checkpoint(made.base), [(made.adapter, 1.0)])
     assert weight_failures(tmp_path / "merged", oracle) == set()
     name = C_ATTN.format(0)
-    whole = load_file(tmp_path / "merged" / "model.safetensors")[name]
+    whole = load_file(tmp_path / "merged" / "model.safetensors")[name].clone()  # it is mapped, and the file changes
     seen = 0
     for place in range(0, 400, 50):
-        change = flip(0, name, place)(tmp_path / "merged")
+        change = flip(bit, name, place)(tmp_path / "merged")
         replace_tensors(tmp_path / "merged", "model.safetensors", change)
         seen += weight_failures(tmp_path / "merged", oracle) == {"weights.elements"}
         replace_tensors(tmp_path / "merged", "model.safetensors", {name: whole})
+    assert weight_failures(tmp_path / "merged", oracle) == set()
     assert seen >= 7
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("part", ["attn.c_attn", "mlp.c_fc"])
 @pytest.mark.parametrize("factor", [1.05, 0.95, -1.0, 0.0])
 def test_one_edited_scale_of_a_quantized_bundle(
-    kind: str, factor: float, made: Made, scored: Run, tmp_path: Path
+    kind: str, factor: float, part: str, made: Made, scored: Run, tmp_path: Path
 ) -> None:
     directory = Path(shutil.copytree(getattr(made, kind), tmp_path / kind))
+    name, scales = scales_of(directory, part)
+    scales.view(-1)[11] *= factor
+    replace_tensors(directory, "weights.safetensors", {name: scales}, update=False)
+    with pytest.raises(InputRefused, match="SHA-256"):
+        open_bundle(directory)
+    update_manifest(directory, "weights.safetensors")
+    assert "weights.step" in weight_failures(directory, scored.oracle)
+
+
+def scales_of(directory: Path, part: str) -> tuple[str, torch.Tensor]:
+    """Name and values of one matrix' scales."""
     tensors = load_file(directory / "weights.safetensors")
-    for part in ("attn.c_attn.weight", "mlp.c_fc.weight"):
-        name = next(n for n in tensors if n.startswith(f"transformer.h.1.{part}") and n.endswith(".scales"))
-        scales = tensors[name].clone()
-        scales.view(-1)[11] *= factor
-        replace_tensors(directory, "weights.safetensors", {name: scales}, update=False)
-        with pytest.raises(InputRefused, match="SHA-256"):
-            open_bundle(directory)
-        update_manifest(directory, "weights.safetensors")
-        assert "weights.step" in weight_failures(directory, scored.oracle)
-        replace_tensors(directory, "weights.safetensors", {name: tensors[name]})
+    name = next(n for n in tensors if n.startswith(f"transformer.h.1.{part}.weight") and n.endswith(".scales"))
+    return name, tensors[name].clone()
 
 
 def test_two_layers_swapped(copy: Path, scored: Run) -> None:

@@ -127,7 +127,8 @@ def take(stage: Stage, options: argparse.Namespace, records: Mapping[str, Record
     if stage.serves and (reason := without("serve")):
         return {"state": "left out", "note": reason}
     request = {
-        "command": [word for word in stage.command if word != sys.executable],
+        # Another checkout asks the same.
+        "command": [word.removeprefix(f"{ROOT}/") for word in stage.command if word != sys.executable],
         "reads": {path: entry["sha256"] for name in stage.reads for path, entry in records[name]["outputs"].items()},
     }
     budget = options.budget.get(stage.name, stage.budget)

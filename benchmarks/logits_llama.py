@@ -29,7 +29,9 @@ def write_logits(path: Path, documents: list[list[int]], out: Path, threads: int
     silence = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(silence, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+    loading = llama_cpp.llama_model_default_params()
+    loading.use_extra_bufts = False  # repacked weights crash on processors with AMX where a matrix is small
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), loading)
     if not model:
         raise SystemExit(f"llama.cpp cannot open {path}")
     longest = max(map(len, documents))

@@ -5,7 +5,7 @@ import json
 import random
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,33 +27,45 @@ class Target:
     address: str
     stopped_at: float | None = None
 
-    def may_refuse(self, began: float) -> bool:
-        """Whether a request that began then may find a closed door."""
-        return self.stopped_at is not None and began >= self.stopped_at
+    def may_refuse(self, sent: "Sent") -> bool:
+        """Whether a request may find a closed door: it had no connection yet when SIGTERM was sent."""
+        return self.stopped_at is not None and (sent.connected is None or sent.connected >= self.stopped_at)
+
+
+@dataclass
+class Sent:
+    """One request. connected: when its connection stood; on a busy machine that is long after it began."""
+
+    connected: float | None = None
+
+    async def trace(self, name: str, info: Mapping[str, Any]) -> None:
+        """httpx calls this with each step of a request (its extension "trace")."""
+        if name == "connection.connect_tcp.complete":
+            self.connected = time.monotonic()
 
 
 async def whole(target: Target, case: Case, chance: random.Random) -> str:
     """The answer in one document."""
-    return await _guarded(target, _whole(target, case))
+    return await _guarded(target, lambda sent: _whole(target, case, sent))
 
 
 async def streamed(target: Target, case: Case, chance: random.Random) -> str:
-    return await _guarded(target, _streamed(target, case))
+    return await _guarded(target, lambda sent: _streamed(target, case, sent))
 
 
 async def cancelled(target: Target, case: Case, chance: random.Random) -> str:
     """Goes away after some pieces; what came until then is the beginning of the answer."""
-    return await _guarded(target, _streamed(target, case, leave_after=chance.randint(0, 6)))
+    return await _guarded(target, lambda sent: _streamed(target, case, sent, leave_after=chance.randint(0, 6)))
 
 
 async def slow(target: Target, case: Case, chance: random.Random) -> str:
     """Reads through a small window, with pauses: the server has to wait for it, and nobody else."""
-    return await _guarded(target, _streamed(target, case, pause=chance.uniform(0.02, 0.15)))
+    return await _guarded(target, lambda sent: _streamed(target, case, sent, pause=chance.uniform(0.02, 0.15)))
 
 
 async def refused(target: Target, bad: Bad, chance: random.Random) -> str:
     """A request that is wrong, and has to be told so."""
-    return await _guarded(target, _refused(target, bad))
+    return await _guarded(target, lambda sent: _refused(target, bad, sent))
 
 
 async def rude(target: Target, case: Case, chance: random.Random) -> str:
@@ -74,23 +86,24 @@ async def rude(target: Target, case: Case, chance: random.Random) -> str:
     return "went away"
 
 
-async def _guarded(target: Target, client: Awaitable[str]) -> str:
+async def _guarded(target: Target, client: Callable[[Sent], Awaitable[str]]) -> str:
     """Closed doors are an outcome after SIGTERM, and a defect at any other time."""
-    began = time.monotonic()
+    sent = Sent()
     try:
         async with asyncio.timeout(PATIENCE):
-            return await client
+            return await client(sent)
     except TimeoutError:
         raise Wrong(f"no answer within {PATIENCE:.0f} s") from None
     except httpx.TransportError as error:
-        if target.may_refuse(began):
+        if target.may_refuse(sent):
             return "closed after SIGTERM"
         raise Wrong(f"lost: {type(error).__name__} {error}") from error
 
 
-async def _whole(target: Target, case: Case) -> str:
+async def _whole(target: Target, case: Case, sent: Sent) -> str:
     async with httpx.AsyncClient(timeout=PATIENCE) as client:
-        response = await client.post(target.address + case.path, json=case.body)
+        url, traced = target.address + case.path, {"trace": sent.trace}
+        response = await client.post(url, json=case.body, extensions=traced)
     if response.status_code != 200:
         return _refusal(target, response.status_code, response.headers, response.content)
     choices = response.json()["choices"]
@@ -102,14 +115,16 @@ async def _whole(target: Target, case: Case) -> str:
     return "answered"
 
 
-async def _streamed(target: Target, case: Case, *, leave_after: int | None = None, pause: float = 0.0) -> str:
+async def _streamed(
+    target: Target, case: Case, sent: Sent, *, leave_after: int | None = None, pause: float = 0.0
+) -> str:
     options = [(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)] if pause else None
     transport = httpx.AsyncHTTPTransport(socket_options=options)
-    body = {**case.body, "stream": True}
+    body, traced = {**case.body, "stream": True}, {"trace": sent.trace}
     texts, reasons = [""] * len(case.texts), [""] * len(case.texts)
     async with (
         httpx.AsyncClient(timeout=PATIENCE, transport=transport) as client,
-        client.stream("POST", target.address + case.path, json=body) as response,
+        client.stream("POST", target.address + case.path, json=body, extensions=traced) as response,
     ):
         if response.status_code != 200:
             return _refusal(target, response.status_code, response.headers, await response.aread())
@@ -144,10 +159,15 @@ async def _events(response: httpx.Response, pause: float) -> AsyncIterator[Mappi
         raise Wrong("a stream ended without [DONE]")
 
 
-async def _refused(target: Target, bad: Bad) -> str:
-    async with httpx.AsyncClient(timeout=PATIENCE) as client:
-        url = target.address + bad.path
-        response = await client.request(bad.method, url, content=bad.data, headers=bad.headers)
+async def _refused(target: Target, bad: Bad, sent: Sent) -> str:
+    url, traced = target.address + bad.path, {"trace": sent.trace}
+    try:
+        async with httpx.AsyncClient(timeout=PATIENCE) as client:
+            response = await client.request(bad.method, url, content=bad.data, headers=bad.headers, extensions=traced)
+    except httpx.TransportError:
+        if bad.status == 413:
+            return "refused: reset"  # who goes on sending may lose the answer to it (RFC 9112, section 9.6)
+        raise
     if response.status_code != bad.status:
         if response.status_code == 200:
             raise Wrong(f"{bad.name}: it was answered")

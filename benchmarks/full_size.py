@@ -66,7 +66,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shard-size", default="10GB", help="of the base: what transformers used in 2023")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--skip", nargs="+", default=[], help="stages to leave out, such as verify")
-    parser.add_argument("--verify", nargs="+", default=BUNDLES, choices=BUNDLES, help="the bundles that verify takes")
+    parser.add_argument(
+        "--verify", nargs="+", default=list(BUNDLES), choices=BUNDLES, help="the bundles that verify takes"
+    )
     parser.add_argument("--budget", nargs="+", default=[], help="STAGE=SIZE instead of its own, such as merge=600MB")
     parser.add_argument("--keep", action="store_true", help="leave the models and what is recorded of them")
     options = parser.parse_args()

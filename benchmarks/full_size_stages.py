@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ EXPORTER = (sys.executable, "-m", "exporter.cli")
 GB = 1_000_000_000
 READY_SECONDS = 900.0
 INSTRUCTION = "How do I make apple juice?"
-BUNDLES = ("merged", "int8", "int4")  # merged holds the native graph
+BUNDLES = {"merged": "export native", "int8": "export int8", "int4": "export int4"}  # and the stage that makes each
 Entries = dict[str, dict[str, Any]]
 Command = tuple[str, ...]
 
@@ -46,7 +46,7 @@ class Stage:
     keeps: str = ""  # where it may have left what it goes on from
 
 
-def stages(size: tuple[str, ...], shard_size: str, new_tokens: int, verified: Sequence[str] = BUNDLES) -> list[Stage]:
+def stages(size: tuple[str, ...], shard_size: str, new_tokens: int, verified: Iterable[str] = BUNDLES) -> list[Stage]:
     """All of them in order. size: make_base's arguments for the shape. verified: the bundles that `verify` takes."""
     pair = ("--base", "pair/base", "--adapter", "pair/adapter")
     bundles = tuple(word for name in verified for word in ("--bundle", name))
@@ -90,7 +90,7 @@ def stages(size: tuple[str, ...], shard_size: str, new_tokens: int, verified: Se
         Stage(
             "verify",
             (*EXPORTER, "verify", *pair, *bundles, "--report", "parity", "--scratch", "logits", "--json", "--quiet"),
-            ("make base", "merge", *(f"export {name.replace('merged', 'native')}" for name in verified)),
+            ("make base", "merge", *(BUNDLES[name] for name in verified)),
             lambda work: _files(work, "parity"),
             budget=22 * GB,
             verdicts=(1, 3),

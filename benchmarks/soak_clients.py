@@ -161,13 +161,8 @@ async def _events(response: httpx.Response, pause: float) -> AsyncIterator[Mappi
 
 async def _refused(target: Target, bad: Bad, sent: Sent) -> str:
     url, traced = target.address + bad.path, {"trace": sent.trace}
-    try:
-        async with httpx.AsyncClient(timeout=PATIENCE) as client:
-            response = await client.request(bad.method, url, content=bad.data, headers=bad.headers, extensions=traced)
-    except httpx.TransportError:
-        if bad.status == 413:
-            return "refused: reset"  # who goes on sending may lose the answer to it (RFC 9112, section 9.6)
-        raise
+    async with httpx.AsyncClient(timeout=PATIENCE) as client:
+        response = await client.request(bad.method, url, content=bad.data, headers=bad.headers, extensions=traced)
     if response.status_code != bad.status:
         if response.status_code == 200:
             raise Wrong(f"{bad.name}: it was answered")

@@ -133,7 +133,7 @@ def _project_rows(stored: Rows, adapted: Adapted) -> Projection:
 
 
 def _dot(x: Float, y: Float) -> float:
-    """The sum of products. BLAS would start its threads for each of many few rows, which takes 25 times as long."""
+    """The sum of products. BLAS would start its threads for each few rows, which takes longer than the sum."""
     return float(np.einsum("i,i->", x.ravel(), y.ravel()))
 
 

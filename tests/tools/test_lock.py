@@ -9,8 +9,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 LOCK = ROOT / ("constraints.txt" if version("transformers").startswith("4.") else "constraints-latest.txt")
-# The project, what installs it, and what runs its tests side by side: they need not be in a lock.
-OUTSIDE = ("exporter", "pip", "setuptools", "wheel", "pytest-xdist", "execnet")
+# The project and what installs it.
+OUTSIDE = ("exporter", "pip", "setuptools", "wheel")
 
 
 def differences(lock: str, installed: Mapping[str, str]) -> list[str]:

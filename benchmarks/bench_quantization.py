@@ -13,30 +13,26 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from bench_blocks import read_documents
 from contest import make_models, parse_contest, table_lines
-from decode_models import HERE, ROOT, Entry, Place, make_bundle, make_checkpoint, make_gguf, make_peers, run
+from decode_models import CONTENDERS as DECODED
+from decode_models import HERE, ROOT, Place, make_checkpoint, make_peers, run
 
 import exporter
+from exporter.graph.weights import WEIGHTS
+from exporter.parity.statistics import kl_divergence, log_softmax
 
 FLOAT = {"exporter": "exporter-native", "llama.cpp": "llama.cpp-f32"}
-CONTENDERS = {
-    "exporter-native": Entry("", "native", make_bundle),
-    "exporter-int8": Entry("", "int8/32", make_bundle),
-    "exporter-int8-block64": Entry("", "int8/64", make_bundle),
-    "exporter-int8-block128": Entry("", "int8/128", make_bundle),
-    "exporter-int4": Entry("", "int4/32", make_bundle),
-    "exporter-int4-block64": Entry("", "int4/64", make_bundle),
-    "exporter-int4-block128": Entry("", "int4/128", make_bundle),
-    "llama.cpp-f32": Entry("", "f32", make_gguf, of_peers=True),
-    "llama.cpp-q8_0": Entry("", "q8_0", make_gguf, of_peers=True),
-    "llama.cpp-q4_0": Entry("", "q4_0", make_gguf, of_peers=True),
-    "llama.cpp-q4_k_s": Entry("", "q4_k_s", make_gguf, of_peers=True),
-    "llama.cpp-q4_k_m": Entry("", "q4_k_m", make_gguf, of_peers=True),
+# bench_decode's own, and block sizes and types that are for quality alone
+CONTENDERS = {name: entry for name, entry in DECODED.items() if name.startswith(tuple(FLOAT))} | {
+    "exporter-int8-block64": replace(DECODED["exporter-int8"], flavour="int8/64"),
+    "exporter-int4-block64": replace(DECODED["exporter-int4"], flavour="int4/64"),
+    "llama.cpp-q4_k_s": replace(DECODED["llama.cpp-q4_0"], flavour="q4_k_s"),
+    "llama.cpp-q4_k_m": replace(DECODED["llama.cpp-q4_0"], flavour="q4_k_m"),
 }
 Documents = list[list[int]]
 
@@ -99,16 +95,14 @@ def distance(truth: np.ndarray, found: np.ndarray, rows: int = 256) -> tuple[flo
     """Mean KL(truth || found) and the share of equal first tokens, of logits (tokens, V)."""
     kl, same = 0.0, 0
     for first in range(0, len(truth), rows):
-        a, b = (
-            torch.from_numpy(np.array(one[first : first + rows])).double().log_softmax(-1) for one in (truth, found)
-        )
-        kl += float((a.exp() * (a - b)).sum())
+        a, b = (log_softmax(one[first : first + rows]) for one in (truth, found))
+        kl += float(kl_divergence(a, b).sum())
         same += int((a.argmax(-1) == b.argmax(-1)).sum())
     return kl / len(truth), same / len(truth)
 
 
 def nbytes(model: Path) -> int:
-    return model.stat().st_size if model.is_file() else (model / "weights.safetensors").stat().st_size
+    return model.stat().st_size if model.is_file() else (model / WEIGHTS).stat().st_size
 
 
 if __name__ == "__main__":

@@ -9,17 +9,22 @@ from decode_worker import Job, work
 BATCH = 512
 
 
+def load_model(path: str, options: llama_cpp.llama_model_params) -> tuple[llama_cpp.llama_model_p, object]:
+    """A GGUF file's model, and what keeps llama.cpp silent, which has to live as long as the model."""
+    silence = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(silence, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    model = llama_cpp.llama_model_load_from_file(path.encode(), options)
+    if not model:
+        raise RuntimeError(f"llama.cpp cannot open {path}")
+    return model, silence
+
+
 class Llama:
     version = llama_cpp.__version__
 
     def __init__(self, job: Job) -> None:
-        silence = llama_cpp.llama_log_callback(lambda *_: None)
-        llama_cpp.llama_log_set(silence, ctypes.c_void_p(0))
-        self.silence = silence  # llama.cpp keeps the pointer
-        llama_cpp.llama_backend_init()
-        self.model = llama_cpp.llama_model_load_from_file(job.model.encode(), llama_cpp.llama_model_default_params())
-        if not self.model:
-            raise RuntimeError(f"llama.cpp cannot open {job.model}")
+        self.model, self.silence = load_model(job.model, llama_cpp.llama_model_default_params())
         options = llama_cpp.llama_context_default_params()
         options.n_ctx, options.n_batch, options.n_ubatch = job.context, BATCH, BATCH
         options.n_threads = options.n_threads_batch = job.threads

@@ -7,12 +7,12 @@ environment.
 """
 
 import argparse
-import ctypes
 import json
 from pathlib import Path
 
 import llama_cpp  # pyright: ignore[reportMissingImports] (in the peers' environment)
 import numpy as np
+from decode_llama import load_model
 
 
 def main() -> None:
@@ -26,14 +26,9 @@ def main() -> None:
 
 
 def write_logits(path: Path, documents: list[list[int]], out: Path, threads: int) -> None:
-    silence = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(silence, ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
     loading = llama_cpp.llama_model_default_params()
-    loading.use_extra_bufts = False  # repacked weights crash on processors with AMX where a matrix is small
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), loading)
-    if not model:
-        raise SystemExit(f"llama.cpp cannot open {path}")
+    loading.use_extra_bufts = False  # with repacked weights Q8_0 of the demo pair crashed on a processor with AMX
+    model, _silence = load_model(str(path), loading)
     longest = max(map(len, documents))
     settings = llama_cpp.llama_context_default_params()
     settings.n_ctx = settings.n_batch = settings.n_ubatch = longest

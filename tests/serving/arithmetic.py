@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from exporter.runtime.cache import CacheShape, KeyValueCache
 from exporter.runtime.runner import Runner, next_chunk
+from exporter.serving.engine import BatchingEngine
 from exporter.serving.requests import Request, Step
 
 VOCABULARY, POSITIONS, STOP = 97, 64, 96
@@ -95,3 +97,15 @@ def asked(prompt: Sequence[int], count: int = 8, **options: Any) -> Request:
 def run(main: Any) -> Any:
     """The result of a coroutine; TimeoutError rather than a test that hangs."""
     return asyncio.run(asyncio.wait_for(main, 60))
+
+
+@contextmanager
+def started(pause: float = 0.0, adapters: tuple[str, ...] = (), **options: Any) -> Iterator[BatchingEngine]:
+    options = {"slots": 4, "cache_bytes": 1 << 20} | options
+    engine = BatchingEngine(as_runner(ArithmeticRunner(adapters=adapters, pause=pause)), **options)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.stop()
+        assert not engine.alive

@@ -5,6 +5,7 @@ import io
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,3 +90,16 @@ def running(
         thread.join(30)
         assert not thread.is_alive()
         loop.close()
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def of_defects(lines: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    found = [line for line in lines if line["event"] == "internal_error"]
+    assert all("Traceback (most recent call last)" in line["traceback"] for line in found)
+    return [(line["level"], line["exception"], line["message"]) for line in found]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
 
@@ -37,6 +37,21 @@ class TinyModel:
             margins.append(float(best - second))
             ids.append(int(self.logits(ids)[-1].argmax()))
         return ids[len(token_ids) :], margins
+
+
+def llama_config(**options: Any) -> LlamaConfig:
+    """Of a tiny Llama."""
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "bos_token_id": END,
+        "eos_token_id": END,
+    }
+    return LlamaConfig(**(settings | options))
 
 
 def tiny_model(directory: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> TinyModel:

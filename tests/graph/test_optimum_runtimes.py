@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from exporter.graph import Bundle, export
 from exporter.runtime.load import load
-from tests.graph.conftest import END, VOCABULARY, TinyModel, save_byte_tokenizer, tokens
+from tests.graph.conftest import END, TinyModel, llama_config, save_byte_tokenizer, tokens
 from tests.graph.runtimes import genai_tokens, optimum_tokens
 from tests.serving.arithmetic import asked, ids, read
 from tests.serving.running import running
@@ -23,18 +23,7 @@ PROMPTS = [tokens(7, seed=1), [0], tokens(12, seed=2)]
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=END,
-        eos_token_id=END,
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(llama_config(num_key_value_heads=2)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))

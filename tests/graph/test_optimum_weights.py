@@ -9,13 +9,13 @@ import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from exporter.errors import InputRefused
 from exporter.graph import export, optimum_builder, optimum_weights
 from exporter.graph.bundle import Bundle, bundle_weights
 from exporter.runtime.load import load
-from tests.graph.conftest import tokens
+from tests.graph.conftest import llama_config, tokens
 from tests.notes import Notes
 
 pytest.importorskip("optimum.exporters.onnx", reason="optimum's ONNX part is not installed", exc_type=ImportError)
@@ -26,16 +26,7 @@ NORM = "model.norm.weight"
 def llama(directory: Path) -> Any:
     """As transformers makes it: all norms are ones, so that several tensors are equal."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(llama_config()).eval()
     model.save_pretrained(directory)
     return model
 
@@ -59,7 +50,7 @@ def save_outside(model: onnx.ModelProto, path: Path) -> None:
 
 
 def check_logits(bundle: Bundle, model: Any) -> None:
-    ids = tokens(20, vocabulary=97)
+    ids = tokens(20)
     with torch.no_grad():
         expected = model(torch.tensor([ids])).logits[0].numpy()
     np.testing.assert_allclose(load(bundle, threads=1).logits(ids, chunk=7), expected, atol=1e-4, rtol=0)
@@ -130,6 +121,6 @@ def test_weights_that_are_no_tensors_of_the_checkpoint_are_refused(
 
     after_tracing(monkeypatch, fold)
     monkeypatch.setattr(optimum_weights, "INSIDE", 1000)
-    with pytest.raises(InputRefused, match=r"equal no tensor of the checkpoint, such as .*\(97, 32\)"):
+    with pytest.raises(InputRefused, match=r"equal no tensor of the checkpoint, such as .*\(257, 32\)"):
         export(tmp_path / "merged", builder="optimum")
     assert not list((tmp_path / "optimum").glob("*.onnx"))

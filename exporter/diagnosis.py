@@ -217,7 +217,7 @@ def _provider(onnxruntime: Any, graph: bytes, name: str) -> Check:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     try:
-        session = onnxruntime.InferenceSession(graph, options, providers=[name])
+        session = onnxruntime.InferenceSession(graph, options, providers=[name], enable_fallback=0)
         if name not in session.get_providers():
             detail = "no session: the device or one of its libraries is missing"
             return Check(name, False, detail, stages, todo)

@@ -10,10 +10,9 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from exporter.runtime.session import PROVIDERS, cannot_open, require_provider
+from exporter.runtime.session import FATAL_ONLY, new_session, require_provider
 
 MICROSOFT = "com.microsoft"
-FATAL_ONLY = 4
 Cache = list[NDArray]  # key and value of each layer, (B, heads, past, head size)
 
 
@@ -101,11 +100,7 @@ def open_graph(model: onnx.ModelProto, directory: Path, target: str) -> ort.Infe
     options = ort.SessionOptions()
     options.log_severity_level = FATAL_ONLY
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory.resolve()))
-    providers = list(dict.fromkeys([PROVIDERS[target], PROVIDERS["cpu"]]))
-    try:
-        return ort.InferenceSession(model.SerializeToString(), options, providers=providers)
-    except Exception as error:  # onnxruntime's own exceptions have no common base
-        raise cannot_open(f"the graph in {directory}", error) from error
+    return new_session(model.SerializeToString(), options, target, f"the graph in {directory}")
 
 
 def present_name(past: str) -> str:

@@ -39,7 +39,19 @@ def require_provider(provider: str) -> None:
         )
 
 
-def cannot_open(graph: str, error: Exception) -> ExporterError:
+def new_session(model: Path | bytes, options: ort.SessionOptions, provider: str, shown: str) -> ort.InferenceSession:
+    """A session on `provider` (cpu or cuda), with the CPU for what it lacks; `shown` names the graph in the error.
+
+    Without onnxruntime's own second attempt on other providers, which prints to stdout, where --json's answer goes.
+    """
+    providers = list(dict.fromkeys([PROVIDERS[provider], PROVIDERS["cpu"]]))
+    try:
+        return ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
+    except Exception as error:  # onnxruntime's own exceptions have no common base
+        raise _cannot_open(shown, error) from error
+
+
+def _cannot_open(graph: str, error: Exception) -> ExporterError:
     """What ONNX Runtime's refusal to open `graph` is: EnvironmentLacking for want of memory, else InputRefused."""
     said = str(error).splitlines()[0]
     if lacking(error):
@@ -47,10 +59,19 @@ def cannot_open(graph: str, error: Exception) -> ExporterError:
             f"there is not enough memory to open {graph} ({said[-200:]})",
             todo="free memory or raise the limit, or open a smaller bundle",
         )
+    if "CUDA failure" in said:
+        return _did_not_start(PROVIDERS["cuda"], said[:300])
     return InputRefused(
         f"ONNX Runtime cannot open {graph}: {said[:300]}",
         expected="a graph and weights as exporter wrote them",
         todo="export again",
+    )
+
+
+def _did_not_start(provider: str, detail: str) -> EnvironmentLacking:
+    return EnvironmentLacking(
+        f"{provider} did not start; {detail}",
+        todo="check the CUDA libraries with exporter doctor, or use --provider cpu",
     )
 
 
@@ -63,14 +84,7 @@ def open_session(graph: Path, provider: str, threads: int | None) -> ort.Inferen
         options.intra_op_num_threads = threads
     if provider == "cuda":
         ort.preload_dlls()
-    providers = list(dict.fromkeys([PROVIDERS[provider], PROVIDERS["cpu"]]))
-    try:
-        session = ort.InferenceSession(graph, options, providers=providers)
-    except Exception as error:  # onnxruntime's own exceptions have no common base
-        raise cannot_open(str(graph), error) from error
+    session = new_session(graph, options, provider, str(graph))
     if session.get_providers()[0] != PROVIDERS[provider]:
-        raise EnvironmentLacking(
-            f"{PROVIDERS[provider]} did not start; onnxruntime fell back to {session.get_providers()[0]}",
-            todo="check the CUDA libraries with exporter doctor, or use --provider cpu",
-        )
+        raise _did_not_start(PROVIDERS[provider], f"onnxruntime fell back to {session.get_providers()[0]}")
     return session

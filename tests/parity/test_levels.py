@@ -24,6 +24,7 @@ from exporter.parity.result import Mutant
 from exporter.parity.scoring import LogitStore
 from exporter.progress import SILENT
 from exporter.prompts import ALPACA
+from exporter.runtime import session
 from tests.parity.conftest import PROMPTS, write_adapter, write_base
 
 DEPTH = 24
@@ -77,7 +78,7 @@ def test_every_mutant_of_a_deep_model_dies(
     """A cuda graph, in float16, runs here on a CPU: what is asked is whether its gates see a wrong graph."""
     spared = {"transposed"}
     if "cuda" in kind:
-        monkeypatch.setattr(graphs, "PROVIDERS", graphs.PROVIDERS | {"cuda": graphs.PROVIDERS["cpu"]})
+        monkeypatch.setattr(session, "PROVIDERS", session.PROVIDERS | {"cuda": session.PROVIDERS["cpu"]})
         monkeypatch.setattr(graphs, "require_provider", lambda target: None)
         monkeypatch.setattr("exporter.runtime.memory.free_memory", lambda provider: 1 << 40)
         spared |= {"padding not masked"}

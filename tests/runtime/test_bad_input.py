@@ -209,8 +209,34 @@ def test_a_provider_that_falls_back_is_not_used(
 SESSION = ort.InferenceSession
 
 
-def fallen_back(graph: Path, options: ort.SessionOptions, providers: list[str]) -> ort.InferenceSession:
-    return SESSION(graph, options, providers=["CPUExecutionProvider"])
+def fallen_back(
+    graph: Path, options: ort.SessionOptions, providers: list[str], enable_fallback: int
+) -> ort.InferenceSession:
+    return SESSION(graph, options, providers=["CPUExecutionProvider"], enable_fallback=enable_fallback)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("env.cc:327 pthread_create failed, error code: 11 error msg: Resource temporarily unavailable", "enough memory"),
+        ("CUDA failure 100: no CUDA-capable device is detected", "CUDAExecutionProvider did not start"),
+    ],
+)
+def test_a_session_that_fails_is_not_tried_on_other_providers(
+    command: Command,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: str,
+    said: str,
+) -> None:
+    """onnxruntime's second attempt would say so on stdout, before --json's answer, and run elsewhere than was asked."""
+
+    def fails(self: ort.InferenceSession, *arguments: object) -> None:
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(ort.InferenceSession, "_create_inference_session", fails)
+    export(checkpoint)
+    assert said in command.refused("generate", checkpoint, "--prompt", "a", "--json", code=5)
 
 
 def test_an_unknown_provider(command: Command, checkpoint: Path) -> None:

@@ -6,7 +6,15 @@ import errno
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE)
 SYSTEM = (*DISK, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG)
 # How torch, numpy, ONNX Runtime and the interpreter say that there is no memory.
-NO_MEMORY = ("allocate memory", "not enough memory", "bad alloc", "bad_alloc", "new thread", "pthread_create failed", "out of memory")
+NO_MEMORY = (
+    "allocate memory",
+    "not enough memory",
+    "bad alloc",
+    "bad_alloc",
+    "start new thread",
+    "pthread_create failed",
+    "out of memory",
+)
 
 
 class ExporterError(Exception):

@@ -1,14 +1,12 @@
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import SHARE
 from tests.forked import Forks
 from tests.pairs import Pair, make_pair
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @pytest.fixture
@@ -19,7 +17,7 @@ def pair(tmp_path: Path) -> Pair:
 
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(SHARE)
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ SYSTEM = ("pwrite", "fsync", "preadv", "replace", "unlink", "read_bytes")
 STAGES = ("write_shard", "prove_shard", "publish_checkpoint")  # of a merge
 CALLS = (*SYSTEM, *STAGES)
 TIMEOUT = 300.0
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,17 @@ class Forks:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            cwd=Path(__file__).parents[1],
+            cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         )
         self.run(["version"])  # the server is ready
 
-    def run(self, command: Sequence[str], fault: Fault = NONE) -> Ended:
+    def run(self, command: Sequence[str], fault: Fault = NONE, directory: Path | None = None) -> Ended:
+        """`exporter` with these words, in `directory` or in the repository."""
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         job = {"command": list(command), "fault": asdict(fault), "log": str(self.log), "out": str(self.out)}
+        job["directory"] = str(directory or ROOT)
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
         answer = json.loads(self.server.stdout.readline())
@@ -159,6 +162,7 @@ def _child(job: Mapping[str, Any], fault: Fault, counts: _Counts) -> None:
         for descriptor, path in ((1, job["out"]), (2, job["log"])):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.chdir(job["directory"])
         from exporter import cli
 
         sys.argv = ["exporter", *job["command"]]

@@ -1,43 +1,56 @@
 """The command line: exit codes, one message for each error, JSON on stdout."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from exporter import FUNCTIONS
+from tests.forked import Ended, Forks
 from tests.pairs import Pair
 
-EXPORTER = [sys.executable, "-m", "exporter.cli"]
+Call = Callable[..., Ended]
 
 
-def call(*arguments: object, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [*EXPORTER, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
+@pytest.fixture
+def call(forks: Forks) -> Call:
+    """The command line with these words, in a process of its own; `code` is how it has to end."""
+
+    def call(*arguments: object, code: int = 0) -> Ended:
+        ended = forks.run([str(one) for one in arguments])
+        assert ended.code == code, ended.log
+        assert "Traceback" not in ended.log
+        return ended
+
+    return call
 
 
-def test_merge_and_inspect_with_json(pair: Pair, tmp_path: Path) -> None:
+def test_as_a_module_in_a_process_that_has_imported_nothing(pair: Pair) -> None:
+    command = f"inspect --base {pair.base} --adapter {pair.adapter} --json".split()
+    done = subprocess.run([sys.executable, "-m", "exporter.cli", *command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["changed"]) == 3
+
+
+def test_merge_and_inspect_with_json(call: Call, pair: Pair, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    merged = json.loads(call("merge", "--base", pair.base, "--adapter", pair.adapter, "--out", out, "--json").stdout)
+    merged = json.loads(call("merge", "--base", pair.base, "--adapter", pair.adapter, "--out", out, "--json").out)
     assert len(merged["tensors"]) == 40
     assert merged["skipped"] is False
-    plan = json.loads(call("inspect", "--base", pair.base, "--adapter", pair.adapter, "--json").stdout)
+    plan = json.loads(call("inspect", "--base", pair.base, "--adapter", pair.adapter, "--json").out)
     assert [change["scale"] for change in plan["changed"]] == [[4.0]] * 3
     assert plan["problems"] == []
 
 
-def test_dry_run_writes_nothing(pair: Pair, tmp_path: Path) -> None:
+def test_dry_run_writes_nothing(call: Call, pair: Pair, tmp_path: Path) -> None:
     done = call("merge", "--base", pair.base, "--adapter", pair.adapter, "--out", tmp_path / "out", "--dry-run")
-    assert "changed   3 tensors: 3 x c_attn (LoRA, r=4, scale 4, in_out)" in done.stdout
+    assert "changed   3 tensors: 3 x c_attn (LoRA, r=4, scale 4, in_out)" in done.out
     assert not (tmp_path / "out").exists()
 
 
@@ -52,39 +65,39 @@ def test_dry_run_writes_nothing(pair: Pair, tmp_path: Path) -> None:
         ["run"],
     ],
 )
-def test_wrong_usage_is_2(arguments: list[str]) -> None:
-    assert call(*arguments, code=2).stderr
+def test_wrong_usage_is_2(call: Call, arguments: list[str]) -> None:
+    assert call(*arguments, code=2).log
 
 
-def test_a_missing_input_is_4_and_one_message(pair: Pair, tmp_path: Path) -> None:
+def test_a_missing_input_is_4_and_one_message(call: Call, pair: Pair, tmp_path: Path) -> None:
     done = call("merge", "--base", tmp_path / "nowhere", "--adapter", pair.adapter, "--out", tmp_path / "out", code=4)
-    assert done.stderr.startswith("error: ")
-    assert "nowhere" in done.stderr
-    assert "what to do: " in done.stderr
+    assert done.log.startswith("error: ")
+    assert "nowhere" in done.log
+    assert "what to do: " in done.log
     assert not (tmp_path / "out").exists()
 
 
-def test_inspect_lists_problems_and_exits_as_merge_would(pair: Pair, tmp_path: Path) -> None:
+def test_inspect_lists_problems_and_exits_as_merge_would(call: Call, pair: Pair, tmp_path: Path) -> None:
     (pair.adapter / "adapter_config.json").write_text("{}")
     done = call("inspect", "--base", pair.base, "--adapter", pair.adapter, "--json", code=4)
-    assert "peft_type" in json.loads(done.stdout)["problems"][0]
+    assert "peft_type" in json.loads(done.out)["problems"][0]
 
 
-def test_offline_with_a_hub_id_is_5(tmp_path: Path) -> None:
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = call("inspect", "--base", "owner/base", "--adapter", "owner/adapter", "--json", code=5, **environment)
-    assert "owner/base" in json.loads(done.stdout)["problems"][0]
+def test_offline_with_a_hub_id_is_5(call: Call) -> None:
+    """tests/forked.py's processes are offline."""
+    done = call("inspect", "--base", "owner/base", "--adapter", "owner/adapter", "--json", code=5)
+    assert "owner/base" in json.loads(done.out)["problems"][0]
 
 
-def test_the_version_is_the_packages() -> None:
-    assert call("--version").stdout == call("version").stdout == f"{version('exporter')}\n"
+def test_the_version_is_the_packages(call: Call) -> None:
+    assert call("--version").out == call("version").out == f"{version('exporter')}\n"
 
 
-def test_every_command_has_help_with_an_example() -> None:
-    listing = call("--help").stdout
+def test_every_command_has_help_with_an_example(call: Call) -> None:
+    listing = call("--help").out
     for name in (name.replace("_", "-") for name in set(FUNCTIONS) - {"load"}):
         assert name in listing
-        assert "exporter " + name in " ".join(call(name, "--help").stdout.split())
+        assert "exporter " + name in " ".join(call(name, "--help").out.split())
 
 
 def test_terminated_is_143_and_leaves_nothing(pair: Pair, tmp_path: Path) -> None:

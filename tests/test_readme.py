@@ -12,6 +12,7 @@ import pytest
 from exporter.demonstration import PAIR
 from exporter.graph import export
 from exporter.merging.merge import merge
+from tests.forked import Forks
 from tests.parity.conftest import write_adapter, write_base
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +30,7 @@ def commands() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory where the README's relative paths hold, with a finished native run under artifacts/demo.
 
     What the README leaves to the reader (BASE, ADAPTER, BUNDLE) is a small pair: a command has seconds.
@@ -37,26 +38,28 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("readme")
     (place / "exporter").mkdir()
     (place / "exporter/demo").symlink_to(PAIR)
-    run(place, ["merge", "--base", PAIR / "base", "--adapter", PAIR / "adapter", "--template", "alpaca", "--out", "m"])
+    run(
+        forks,
+        place,
+        ["merge", "--base", PAIR / "base", "--adapter", PAIR / "adapter", "--template", "alpaca", "--out", "m"],
+    )
     (place / "artifacts/demo").mkdir(parents=True)
     (place / "m").rename(place / "artifacts/demo/merged")
-    run(place, ["export", "artifacts/demo/merged"])
+    run(forks, place, ["export", "artifacts/demo/merged"])
     write_adapter(place / "adapter", write_base(place / "base", layers=2))
     merge(base=place / "base", adapter=place / "adapter", out=place / "merged", template="alpaca")
     export(place / "merged")
     return place
 
 
-def run(place: Path, arguments: list[object]) -> str:
-    command = [sys.executable, "-m", "exporter.cli", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=place, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run(forks: Forks, place: Path, arguments: list[object]) -> str:
+    ended = forks.run([str(one) for one in arguments], directory=place)
+    assert ended.code == 0, ended.log
+    return ended.out
 
 
 @pytest.mark.parametrize("command", commands())
-def test_a_command_of_the_readme(place: Path, command: str, tmp_path: Path) -> None:
+def test_a_command_of_the_readme(forks: Forks, place: Path, command: str, tmp_path: Path) -> None:
     values = {"BASE": "base", "B": "base", "ADAPTER": "adapter", "A": "adapter", "TEXT": "The", "FILE": "captured"}
     values |= dict.fromkeys(["CHECKPOINT", "BUNDLE", "MERGED"], "merged")
     words = [values.get(word, word) for word in shlex.split(command)]
@@ -65,7 +68,7 @@ def test_a_command_of_the_readme(place: Path, command: str, tmp_path: Path) -> N
             existing = words[place_of - 1] == "--bundle"
             words[place_of] = "merged" if existing else str(tmp_path / "out")
     assert Path(words[0]).name == "exporter"
-    assert run(place, list(words[1:])).strip()
+    assert run(forks, place, list(words[1:])).strip()
 
 
 @pytest.mark.parametrize("code", [text for kind, text in BLOCKS if kind == "python"])

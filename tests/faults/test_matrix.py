@@ -20,7 +20,7 @@ from tests.faults.commands import COMMANDS, Command, Inputs, half_made, listed, 
 from tests.faults.conftest import Undisturbed, ending, matrix, points, remount, require
 from tests.forked import NONE, Ended, Fault, Forks
 
-SLOW = ("verify", "run", "doctor")
+SLOW = ("verify", "run", "doctor", "capture")
 KILLS = 4
 MB = 1_000_000
 

@@ -218,7 +218,10 @@ def fallen_back(
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        ("env.cc:327 pthread_create failed, error code: 11 error msg: Resource temporarily unavailable", "enough memory"),
+        (
+            "env.cc:327 pthread_create failed, error code: 11 error msg: Resource temporarily unavailable",
+            "enough memory",
+        ),
         ("CUDA failure 100: no CUDA-capable device is detected", "CUDAExecutionProvider did not start"),
     ],
 )

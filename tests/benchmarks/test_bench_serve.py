@@ -96,6 +96,7 @@ def prepared(bundles: dict[str, Path]) -> soak.Soak:
     return soak.prepared(bundles)
 
 
+@pytest.mark.slow
 def test_answers_known_beforehand_cover_models_apis_and_sampling(prepared: soak.Soak) -> None:
     assert {case.body["model"] for case in prepared.cases} == {"demo8", "demo4", "base", "poet"}
     assert {case.path for case in prepared.cases} == {COMPLETIONS, CHAT}
@@ -104,6 +105,7 @@ def test_answers_known_beforehand_cover_models_apis_and_sampling(prepared: soak.
     assert len({case.texts for case in prepared.cases}) > len(prepared.cases) / 2
 
 
+@pytest.mark.slow
 def test_two_short_lives_go_without_a_failure(
     bundles: dict[str, Path], prepared: soak.Soak, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +132,7 @@ def first_case(prepared: soak.Soak) -> Any:
 
 
 @pytest.mark.parametrize("client", [soak_clients.whole, soak_clients.streamed, soak_clients.cancelled])
+@pytest.mark.slow
 def test_a_wrong_token_is_found(prepared: soak.Soak, served: Running, client: soak.Client) -> None:
     case, target = first_case(prepared), soak_clients.Target(served.url)
     last = random.Random(2)  # it draws a late leave, so that there is something to compare
@@ -139,6 +142,7 @@ def test_a_wrong_token_is_found(prepared: soak.Soak, served: Running, client: so
         asyncio.run(client(target, wrong, random.Random(2)))
 
 
+@pytest.mark.slow
 def test_a_missing_refusal_is_found(prepared: soak.Soak, served: Running) -> None:
     case, target, chance = first_case(prepared), soak_clients.Target(served.url), random.Random(0)
     fine = soak.Bad("a good request", dict(case.body), 400, path=case.path)
@@ -149,6 +153,7 @@ def test_a_missing_refusal_is_found(prepared: soak.Soak, served: Running) -> Non
         asyncio.run(soak_clients.refused(target, other, chance))
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone_is_found_unless_it_was_told_to_go(prepared: soak.Soak) -> None:
     case, gone = first_case(prepared), soak_clients.Target("http://127.0.0.1:9")
     with pytest.raises(soak_clients.Wrong, match="lost"):

@@ -51,6 +51,7 @@ def results(work: Path) -> dict[str, Any]:
     return json.loads((work / "full-size-demo.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_goes_on_and_ends_clean(tmp_path: Path) -> None:
     work = tmp_path / "work"
     interrupted_after("merge", work)

@@ -57,6 +57,7 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     return run
 
 
+@pytest.mark.slow
 def test_the_commands_and_the_python_run(
     run: Callable[[str], str], place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,7 +77,8 @@ def ask_and_stop(
 
 
 async def _load(address: str, streams: Sequence[Sequence[str]], warm: str, body: Mapping[str, Any]) -> Load:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    # A connection for each request: llama-server closes some that it has said it would keep.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
         await _ask(client, {**body, "prompt": warm, "max_tokens": 4})
 

@@ -22,6 +22,7 @@ class Inputs:
 
     def copied(self, root: Path) -> "Inputs":
         shutil.copytree(self.root, root)
+        write_spec(root)  # it names the inputs
         return Inputs(root)
 
 

@@ -28,17 +28,22 @@ class Chain:
     def steps(self) -> list[str]:
         return [f"{a} -> {b}" for a, b in pairwise(self.models)]
 
-    def add(self, log_p: Sequence[Float]) -> None:
-        """log_p: one (N, V) per model of the chain, of the same tokens."""
-        p = np.exp(log_p[0])
+    def add(self, log_p: Sequence[Float], p: Sequence[Float]) -> None:
+        """log_p, p: one (N, V) per model of the chain, of the same tokens; p = exp(log_p)."""
         whole = log_p[-1] - log_p[0]
-        whole -= np.einsum("nv,nv->n", p, whole)[:, None]
-        whole *= p
+        whole -= np.einsum("nv,nv->n", p[0], whole)[:, None]
+        whole *= p[0]
         for i in range(len(self.models) - 1):
             step = log_p[i + 1] - log_p[i]
             self._covariance[i] += np.einsum("nv,nv->", whole, step)
-            self._kl[i] -= np.einsum("nv,nv->", p if i == 0 else np.exp(log_p[i]), step)
-        self._tokens += len(p)
+            self._kl[i] -= np.einsum("nv,nv->", p[i], step)
+        self._tokens += len(whole)
+
+    def include(self, other: "Chain") -> None:
+        """Add what another chain of the same models has added up."""
+        self._covariance += other._covariance
+        self._kl += other._kl
+        self._tokens += other._tokens
 
     def shares(self) -> list[float] | None:
         """One share per step; None where the chain's ends are equal."""

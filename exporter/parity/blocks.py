@@ -96,35 +96,41 @@ class BlockModel:
     @torch.inference_mode()
     def embed(self, tokens: Sequence[int]) -> Float32:
         """(T, E) float32: what the first block is given."""
-        return self._reach(0, tokens, lambda hidden, args, kwargs: hidden)
+        return self._reach(0, _ids(tokens), lambda hidden, args, kwargs: hidden)[0]
 
     @torch.inference_mode()
     def run(self, block: int, tokens: Sequence[int], hidden: Float32) -> Float32:
         """What block `block` makes of `hidden` (T, E), where `tokens` (T,) are the document's: (T, E) float32."""
+        return self.run_all(block, tokens, hidden[None])[0]
+
+    @torch.inference_mode()
+    def run_all(self, block: int, tokens: Sequence[int], hidden: Float32) -> Float32:
+        """`run` for several states of one document at once: `hidden` is (S, T, E), and so is the result."""
         if block:
             self._know_blocks()
         self._load(block)
-        return self._reach(block, tokens, lambda _, args, kwargs: self._call(_batch(hidden), args, kwargs))
+        ids = _ids(tokens).expand(len(hidden), -1)
+        return self._reach(block, ids, lambda _, args, kwargs: self._call(_copied(hidden), args, kwargs))
 
     @torch.inference_mode()
     def logits(self, tokens: Sequence[int], hidden: Float32) -> Float32:
         """(T, V) float32 from what the last block gave, (T, E)."""
         self._know_blocks()
         self._drop()
-        model = self._let_pass({self.depth - 1: lambda *_: self._like_a_block(_batch(hidden))})
+        model = self._let_pass({self.depth - 1: lambda *_: self._like_a_block(_copied(hidden[None]))})
         return model(input_ids=_ids(tokens), use_cache=False).logits[0].float().numpy()
 
-    def _reach(self, block: int, tokens: Sequence[int], act: Callable[..., torch.Tensor]) -> Float32:
-        """The model's forward up to `block`; what `act` makes of what comes there."""
+    def _reach(self, block: int, ids: torch.Tensor, act: Callable[..., torch.Tensor]) -> Float32:
+        """The model's forward of `ids` (B, T) up to `block`; what `act` makes of what comes there: (B, T, E)."""
 
         def stop(*given: Any) -> None:
             raise _Reached(act(*given))
 
         model = self._let_pass({block: stop})
         try:
-            model(input_ids=_ids(tokens), use_cache=False)
+            model(input_ids=ids, use_cache=False)
         except _Reached as reached:
-            return reached.hidden[0].float().numpy()
+            return reached.hidden.float().numpy()
         raise Unsupported(f"the forward of {type(self._skeleton).__name__} does not come to block {block}")
 
     def _let_pass(self, meet: dict[int, Callable[..., Any]]) -> Any:
@@ -321,6 +327,6 @@ def _ids(tokens: Sequence[int]) -> torch.Tensor:
     return torch.tensor([list(tokens)])
 
 
-def _batch(hidden: Float32) -> torch.Tensor:
-    """(1, T, E), a copy: nothing that a model does reaches the caller's array."""
-    return torch.from_numpy(np.array(hidden, np.float32))[None]
+def _copied(hidden: Float32) -> torch.Tensor:
+    """Nothing that a model does reaches the caller's array."""
+    return torch.from_numpy(np.array(hidden, np.float32))

@@ -35,23 +35,25 @@ class States:
 def compare_layers(truth: BlockModel, carried: BlockModel, rows: Rows, progress: Progress = SILENT) -> list[Layer]:
     """Local error, accumulated error and swap of every part; `graph` is left out. rows: token ids of a few documents.
 
-    Each block of each model is loaded once. The swaps are carried along: one stream of states per part put right.
+    Each block of each model is loaded once. The swaps are carried along: one stream of states per part put right, all
+    of them through a block together.
     """
     depth = truth.depth
     local, accumulated = np.full(depth + 2, np.nan), np.full(depth + 2, np.nan)
     ours, theirs = [truth.embed(row) for row in rows], [carried.embed(row) for row in rows]
     local[0] = accumulated[0] = _relative(theirs, ours, ours)
-    swaps = [ours]  # swaps[k]: the carried model's states, with part k the truth's
+    swaps = _each(ours)  # (k, T, E) of each document: the carried model's, with part k the truth's
     with progress.task("layers", depth, "blocks") as task:
         for k in range(depth):
             right = [truth.run(k, row, state) for row, state in zip(rows, ours, strict=True)]
             mended = [truth.run(k, row, state) for row, state in zip(rows, theirs, strict=True)]
-            alone = [carried.run(k, row, state) for row, state in zip(rows, ours, strict=True)]
+            # The carried model's own states, the truth's, and every swap.
+            given = [np.concatenate(parts) for parts in zip(_each(theirs), _each(ours), swaps, strict=True)]
+            made = [carried.run_all(k, row, states) for row, states in zip(rows, given, strict=True)]
+            theirs, alone = ([states[i] for states in made] for i in (0, 1))
             added = [after - before for after, before in zip(right, ours, strict=True)]
             local[k + 1] = _relative(alone, right, added)
-            swaps = [[carried.run(k, row, state) for row, state in zip(rows, one, strict=True)] for one in swaps]
-            swaps.append(mended)
-            theirs = [carried.run(k, row, state) for row, state in zip(rows, theirs, strict=True)]
+            swaps = [np.concatenate([states[2:], new[None]]) for states, new in zip(made, mended, strict=True)]
             ours = right
             accumulated[k + 1] = _relative(theirs, ours, ours)
             task.advance()
@@ -60,7 +62,9 @@ def compare_layers(truth: BlockModel, carried: BlockModel, rows: Rows, progress:
     alone = [carried.logits(row, state) for row, state in zip(rows, ours, strict=True)]
     local[-1] = _relative(_centered(alone), _centered(target), _centered(target))
     accumulated[-1] = _relative(_centered(whole), _centered(target), _centered(target))
-    without = [[carried.logits(row, state) for row, state in zip(rows, one, strict=True)] for one in swaps]
+    without = [
+        [carried.logits(row, states[k]) for row, states in zip(rows, swaps, strict=True)] for k in range(depth + 1)
+    ]
     without.append([truth.logits(row, state) for row, state in zip(rows, theirs, strict=True)])
     distance = _kl(target, whole)
     gone = [1 - _kl(target, one) / distance if distance > 0 else np.nan for one in without]
@@ -81,6 +85,10 @@ def graph_errors(carried: BlockModel, states: States, rows: Rows) -> list[float]
     right = [carried.logits(row, one[depth]) for row, one in zip(rows, states.between, strict=True)]
     found.append(_relative(_centered(states.logits), _centered(right), _centered(right)))
     return found
+
+
+def _each(states: Sequence[Float32]) -> list[Float32]:
+    return [one[None] for one in states]
 
 
 def _relative(wrong: Sequence[Float32], right: Sequence[Float32], scale: Sequence[Float32]) -> float:

@@ -14,7 +14,8 @@ from exporter.parity.attribution import Chain
 from exporter.parity.bases import BaseOptions, meta_model
 from exporter.parity.blocks_choice import Fp32Model, Memory, score_fp32
 from exporter.parity.blocks_specs import truth_blocks
-from exporter.parity.documents import Level
+from exporter.parity.by_document import by_document
+from exporter.parity.documents import Document, Level
 from exporter.parity.gates import Comparison, per_document
 from exporter.parity.inputs import Pair
 from exporter.parity.int8_base import Onto, int8_modules, int8_values
@@ -22,7 +23,7 @@ from exporter.parity.intervals import ratio, studentized_bootstrap
 from exporter.parity.models import TruthModels, parameter_count
 from exporter.parity.oracle import Oracle
 from exporter.parity.pairs import blocks, stages
-from exporter.parity.reference import LiveReference, Reference
+from exporter.parity.reference import LiveReference, LiveRows, Reference
 from exporter.parity.result import CodesError, MergeBase, MergeBases, Stage, number
 from exporter.parity.scoring import LogitStore
 from exporter.parity.statistics import kl_divergence, score
@@ -56,22 +57,30 @@ def compare_merge_bases(
         nbytes,
     )
     score_fp32(store, model, memory, progress)
-    columns: dict[str, list[Float]] = {"R-M32": [], "R-D": [], "T-D": [], "D-M32": []}
-    chain = Chain("T to R", ("T", "D", "R"))
     # Onto int8 it is the store's T that stands on the codes, and its D that does not.
     order = ("T", "D", "R") if oracle.onto == "original" else ("D", "T", "R")
-    for document in store.documents:
-        for rows, targets in blocks(document):
+
+    def compared(document: Document) -> tuple[dict[str, list[Float]], Chain]:
+        columns: dict[str, list[Float]] = {"R-M32": [], "R-D": [], "T-D": [], "D-M32": []}
+        chain = _chain()
+        for rows, targets in blocks(document, store.vocabulary):
             view = {name: score(store.read(name, document, rows), targets) for name in ("T", "M32", "D")}
+            theirs = reference.at(document, rows, targets)
             for name in ("M32", "D"):
-                columns[f"R-{name}"].append(reference.from_reference(document, rows, view[name], targets).kl)
+                columns[f"R-{name}"].append(theirs.pair_to(view[name]).kl)
             columns["T-D"].append(kl_divergence(view["T"].log_p, view["D"].log_p, view["T"].p))
             columns["D-M32"].append(kl_divergence(view["D"].log_p, view["M32"].log_p, view["D"].p))
-            if isinstance(reference, LiveReference):
-                view["R"] = score(store.read("R", document, rows), targets)
-                chain.add([view[one].log_p for one in order])
+            if isinstance(theirs, LiveRows):
+                views = [theirs.scored if name == "R" else view[name] for name in order]
+                chain.add([one.log_p for one in views], [one.p for one in views])
+        return columns, chain
+
+    found = by_document(store.documents, compared, "compare the other base", progress)
+    chain = _chain()
+    for _, one in found:
+        chain.include(one)
     store.drop("D")
-    kl = {name: np.concatenate(parts) for name, parts in columns.items()}
+    kl = {name: np.concatenate([part for columns, _ in found for part in columns[name]]) for name in found[0][0]}
     zero = np.zeros(len(merged.document))
     if oracle.onto == "original":
         to_truth = {"original": merged.tokens.kl, "int8": kl["T-D"]}
@@ -82,6 +91,10 @@ def compare_merge_bases(
     ladder: tuple[Stage, ...] = stages(chain) if isinstance(reference, LiveReference) else ()
     bases = tuple(_base(onto, merged.document, to_reference[onto], to_truth[onto]) for onto in ("original", "int8"))
     return MergeBases(bases, tensors, ladder)
+
+
+def _chain() -> Chain:
+    return Chain("T to R", ("T", "D", "R"))
 
 
 def codes_errors(oracle: Oracle) -> tuple[CodesError, ...]:

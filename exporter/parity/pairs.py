@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from exporter.parity.attribution import Chain
+from exporter.parity.by_document import by_document
 from exporter.parity.documents import Document
 from exporter.parity.gates import Comparison, measure
 from exporter.parity.reference import Reference
@@ -17,7 +18,7 @@ from exporter.parity.scoring import LogitStore
 from exporter.parity.statistics import PairTokens, Scored, compare, concatenate, kl_divergence, score
 from exporter.progress import SILENT, Progress
 
-BLOCK = 16  # positions at once: 16 x 50257 float64 is 6 MB, so that a few models stay in the processor's cache
+BLOCK_BYTES = 1 << 20  # of one model's float64 at once: what a pair takes stays in a core's own cache
 WORST = 20
 CONTEXT_TOKENS = 24
 EDGES = tuple(round(-9 + 0.25 * i, 2) for i in range(45))  # log10 KL, 1e-9 to 1e2
@@ -54,11 +55,11 @@ class BundlePairs:
     candidate_top: NDArray[np.int64]  # (N,) O's best token
 
 
-def blocks(document: Document) -> Iterator[tuple[slice, NDArray[np.int64]]]:
+def blocks(document: Document, vocabulary: int) -> Iterator[tuple[slice, NDArray[np.int64]]]:
     """(rows of the document's scored positions, their true tokens)."""
-    targets = document.targets
-    for start in range(0, len(targets), BLOCK):
-        rows = slice(start, min(start + BLOCK, len(targets)))
+    targets, size = document.targets, max(1, BLOCK_BYTES // (8 * vocabulary))
+    for start in range(0, len(targets), size):
+        rows = slice(start, min(start + size, len(targets)))
         yield rows, targets[rows]
 
 
@@ -72,27 +73,30 @@ def locate(documents: Sequence[Document]) -> Where:
 
 def common_pairs(store: LogitStore, reference: Reference, progress: Progress = SILENT) -> CommonPairs:
     """One pass over T, B, M32 and R."""
-    merge: list[PairTokens] = []
-    to_reference: list[PairTokens] = []
-    from_reference: list[NDArray] = []
-    to_base: list[NDArray] = []
-    with progress.task("compare the references", len(store.documents), "documents") as task:
-        for document in store.documents:
-            for rows, targets in blocks(document):
-                truth = score(store.read("T", document, rows), targets)
-                base = score(store.read("B", document, rows), targets)
-                merge.append(compare(truth, score(store.read("M32", document, rows), targets), targets))
-                to_reference.append(reference.to_reference(document, rows, truth, targets))
-                from_reference.append(reference.from_reference(document, rows, truth, targets).kl)
-                to_base.append(kl_divergence(truth.log_p, base.log_p, truth.p))
-            task.advance()
-    where = locate(store.documents)
+
+    def compared(document: Document) -> tuple[PairTokens, PairTokens, NDArray, NDArray]:
+        merge: list[PairTokens] = []
+        to_reference: list[PairTokens] = []
+        from_reference: list[NDArray] = []
+        to_base: list[NDArray] = []
+        for rows, targets in blocks(document, store.vocabulary):
+            truth, base, merged = (score(store.read(one, document, rows), targets) for one in ("T", "B", "M32"))
+            theirs = reference.at(document, rows, targets)
+            merge.append(compare(truth, merged, targets))
+            to_reference.append(theirs.pair_from(truth))
+            from_reference.append(theirs.pair_to(truth).kl)
+            to_base.append(kl_divergence(truth.log_p, base.log_p, truth.p))
+        return concatenate(merge), concatenate(to_reference), np.concatenate(from_reference), np.concatenate(to_base)
+
+    found = by_document(store.documents, compared, "compare the references", progress)
+    merge, to_reference, from_reference, to_base = zip(*found, strict=True)
+    where, gain = locate(store.documents), np.concatenate(to_base)
     return CommonPairs(
         where,
-        Comparison("T-M32", concatenate(merge), where.document, where.scope, np.concatenate(to_base)),
+        Comparison("T-M32", concatenate(merge), where.document, where.scope, gain),
         Comparison("T-R", concatenate(to_reference), where.document, where.scope),
         np.concatenate(from_reference),
-        np.concatenate(to_base),
+        gain,
     )
 
 
@@ -100,33 +104,42 @@ def bundle_pairs(
     store: LogitStore, reference: Reference, common: CommonPairs, quantized: bool, progress: Progress = SILENT
 ) -> BundlePairs:
     """One pass over T, M32, R, F, O and, where the bundle is quantized, O1."""
-    parts: dict[str, list[PairTokens]] = {name: [] for name in ("M32-F", "F-O", "F-O1", "T-F", "T-O", "R-O")}
-    chain = Chain("T to O", ("T", "M32", "F", "O"))
-    tops: list[NDArray] = []
-    with progress.task("compare the bundle", len(store.documents), "documents") as task:
-        for document in store.documents:
-            for rows, targets in blocks(document):
-                view = {
-                    model: score(store.read(model, document, rows), targets)
-                    for model in ("T", "M32", "F", "O", *(("O1",) if quantized else ()))
-                }
-                for name in ("M32-F", "F-O", "T-F", "T-O", *(("F-O1",) if quantized else ())):
-                    a, b = name.split("-")
-                    parts[name].append(compare(view[a], view[b], targets))
-                parts["R-O"].append(reference.from_reference(document, rows, view["O"], targets))
-                _add_to_chain(chain, view)
-                tops.append(np.stack([view["T"].top, view["O"].top]))
-            task.advance()
+    models = ("T", "M32", "F", "O", *(("O1",) if quantized else ()))
+    pairs = ("M32-F", "F-O", "T-F", "T-O", *(("F-O1",) if quantized else ()))
+
+    def compared(document: Document) -> tuple[dict[str, PairTokens], Chain, NDArray]:
+        parts: dict[str, list[PairTokens]] = {name: [] for name in (*pairs, "R-O")}
+        chain = _chain()
+        tops: list[NDArray] = []
+        for rows, targets in blocks(document, store.vocabulary):
+            view = {model: score(store.read(model, document, rows), targets) for model in models}
+            for name in pairs:
+                a, b = name.split("-")
+                parts[name].append(compare(view[a], view[b], targets))
+            parts["R-O"].append(reference.at(document, rows, targets).pair_to(view["O"]))
+            _add_to_chain(chain, view)
+            tops.append(np.stack([view["T"].top, view["O"].top]))
+        return {name: concatenate(tokens) for name, tokens in parts.items()}, chain, np.concatenate(tops, axis=1)
+
+    found = by_document(store.documents, compared, "compare the bundle", progress)
+    tokens = {name: concatenate([parts[name] for parts, _, _ in found]) for name in (*pairs, "R-O")}
     if not quantized:
-        parts["F-O1"] = parts["F-O"]
+        tokens["F-O1"] = tokens["F-O"]
+    chain = _chain()
+    for _, one, _ in found:
+        chain.include(one)
     where = common.where
     other = {"R-O": common.reference_to_truth, "T-O": common.truth_to_base}
     comparisons = {
-        name: Comparison(name, concatenate(tokens), where.document, where.scope, other.get(name))
-        for name, tokens in parts.items()
+        name: Comparison(name, tokens[name], where.document, where.scope, other.get(name))
+        for name in ("M32-F", "F-O", "F-O1", "T-F", "T-O", "R-O")
     }
-    best = np.concatenate(tops, axis=1)
+    best = np.concatenate([tops for _, _, tops in found], axis=1)
     return BundlePairs(comparisons | {"T-M32": common.merge, "T-R": common.reference}, stages(chain), best[0], best[1])
+
+
+def _chain() -> Chain:
+    return Chain("T to O", ("T", "M32", "F", "O"))
 
 
 def stages(chain: Chain) -> tuple[Stage, ...]:
@@ -209,5 +222,8 @@ def worst_tokens(
 def _add_to_chain(chain: Chain, view: dict[str, Scored]) -> None:
     """Only positions that are finite in every model: one NaN would leave no shares at all."""
     finite = np.logical_and.reduce([view[model].finite for model in chain.models])
-    if finite.any():
-        chain.add([view[model].log_p[finite] for model in chain.models])
+    views = [view[model] for model in chain.models]
+    if finite.all():  # nothing is to be copied
+        chain.add([one.log_p for one in views], [one.p for one in views])
+    elif finite.any():
+        chain.add([one.log_p[finite] for one in views], [one.p[finite] for one in views])

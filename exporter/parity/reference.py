@@ -32,18 +32,26 @@ ABSENT = -60.0  # log p of a padding bucket on both sides: it adds nothing to an
 Int = NDArray[np.int64]
 
 
+class ReferenceRows(Protocol):
+    """R at some positions of a document."""
+
+    def pair_to(self, cand: Scored) -> PairTokens:
+        """The pair R-cand."""
+        ...
+
+    def pair_from(self, ref: Scored) -> PairTokens:
+        """The pair ref-R."""
+        ...
+
+
 class Reference(Protocol):
-    """R against another model's view of some positions of a document."""
+    """R, to be held against other models' views of the same positions."""
 
     name: str
     environment: dict[str, str]
 
-    def from_reference(self, document: Document, rows: slice, cand: Scored, targets: Int) -> PairTokens:
-        """The pair R-cand."""
-        ...
-
-    def to_reference(self, document: Document, rows: slice, ref: Scored, targets: Int) -> PairTokens:
-        """The pair ref-R."""
+    def at(self, document: Document, rows: slice, targets: Int) -> ReferenceRows:
+        """R at `rows` of the document's scored positions, whose true tokens are `targets`."""
         ...
 
 
@@ -55,14 +63,22 @@ class LiveReference:
     def __init__(self, store: LogitStore, environment: dict[str, str]) -> None:
         self._store, self.environment = store, environment
 
-    def from_reference(self, document: Document, rows: slice, cand: Scored, targets: Int) -> PairTokens:
-        return compare(self._score(document, rows, targets), cand, targets)
+    def at(self, document: Document, rows: slice, targets: Int) -> "LiveRows":
+        return LiveRows(score(self._store.read("R", document, rows), targets), targets)
 
-    def to_reference(self, document: Document, rows: slice, ref: Scored, targets: Int) -> PairTokens:
-        return compare(ref, self._score(document, rows, targets), targets)
 
-    def _score(self, document: Document, rows: slice, targets: Int) -> Scored:
-        return score(self._store.read("R", document, rows), targets)
+@dataclass(frozen=True, slots=True)
+class LiveRows:
+    """All logits of R at some positions."""
+
+    scored: Scored
+    targets: Int
+
+    def pair_to(self, cand: Scored) -> PairTokens:
+        return compare(self.scored, cand, self.targets)
+
+    def pair_from(self, ref: Scored) -> PairTokens:
+        return compare(ref, self.scored, self.targets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,30 +106,42 @@ class CapturedReference:
         self._starts = np.concatenate([[0], np.cumsum(capture.counts)])
         self._first = np.concatenate([[0], np.cumsum([len(document.positions) for document in documents])])
 
-    def from_reference(self, document: Document, rows: slice, cand: Scored, targets: Int) -> PairTokens:
-        ours, theirs, places = self._coarsen(document, rows, cand, targets)
-        return compare(score(theirs, places), _marked(score(ours, places), cand), places)
-
-    def to_reference(self, document: Document, rows: slice, ref: Scored, targets: Int) -> PairTokens:
-        ours, theirs, places = self._coarsen(document, rows, ref, targets)
-        return compare(_marked(score(ours, places), ref), score(theirs, places), places)
-
-    def _coarsen(self, document: Document, rows: slice, other: Scored, targets: Int) -> tuple[NDArray, NDArray, Int]:
-        """(N, k + 1) log probabilities of the other side and of R, and the bucket of each true token."""
+    def at(self, document: Document, rows: slice, targets: Int) -> "CapturedRows":
         wanted = range(*rows.indices(len(document.positions)))
         first = int(self._first[document.index])
-        counts = self._capture.counts[first + wanted.start : first + wanted.stop]
+        return CapturedRows(self._capture, self._starts, slice(first + wanted.start, first + wanted.stop), targets)
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedRows:
+    """Buckets of R at some positions: `starts` says where the tokens of a position begin in the capture."""
+
+    capture: Capture
+    starts: Int
+    positions: slice
+    targets: Int
+
+    def pair_to(self, cand: Scored) -> PairTokens:
+        ours, theirs, places = self._coarsened(cand)
+        return compare(score(theirs, places), _marked(score(ours, places), cand), places)
+
+    def pair_from(self, ref: Scored) -> PairTokens:
+        ours, theirs, places = self._coarsened(ref)
+        return compare(_marked(score(ours, places), ref), score(theirs, places), places)
+
+    def _coarsened(self, other: Scored) -> tuple[NDArray, NDArray, Int]:
+        """(N, k + 1) log probabilities of the other side and of R, and the bucket of each true token."""
+        counts, tail = self.capture.counts[self.positions], self.capture.tail[self.positions]
         width = int(counts.max()) + 1
         ours, theirs = np.full((len(counts), width), ABSENT), np.full((len(counts), width), ABSENT)
         places = np.empty(len(counts), np.int64)
-        for i, count in enumerate(counts):
-            start = self._starts[first + wanted.start + i]
-            ids = self._capture.ids[start : start + count]
+        for i, (start, count) in enumerate(zip(self.starts[self.positions], counts, strict=True)):
+            ids = self.capture.ids[start : start + count]
             ours[i, :count] = other.log_p[i, ids]
             ours[i, width - 1] = _log_rest(ours[i, :count])
-            theirs[i, :count] = self._capture.log_p[start : start + count]
-            theirs[i, width - 1] = max(float(self._capture.tail[first + wanted.start + i]), ABSENT)
-            found = np.flatnonzero(ids == targets[i])
+            theirs[i, :count] = self.capture.log_p[start : start + count]
+            theirs[i, width - 1] = max(float(tail[i]), ABSENT)
+            found = np.flatnonzero(ids == self.targets[i])
             places[i] = found[0] if len(found) else width - 1
         return ours, theirs, places
 

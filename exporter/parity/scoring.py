@@ -37,6 +37,7 @@ class LogitStore:
         self._starts = np.concatenate([[0], np.cumsum([len(document.positions) for document in documents])])
         self._paths: dict[str, Path] = {}
         self._digests: dict[str, str] = {}
+        self._maps: dict[str, NDArray[np.float32]] = {}  # (N, vocabulary), of models that are kept
 
     @property
     def rows(self) -> int:
@@ -88,8 +89,7 @@ class LogitStore:
     def read(self, model: str, document: Document, rows: slice = slice(None)) -> NDArray[np.float32]:
         """(n, vocabulary) of one document, in the order of its `positions`; `rows` picks some of them."""
         start, stop = self._starts[document.index], self._starts[document.index + 1]
-        mapped = np.memmap(self._paths[model], np.float32, "r", shape=(self.rows, self.vocabulary))
-        return np.array(mapped[start:stop][rows])
+        return np.array(self._maps[model][start:stop][rows])
 
     def digest(self, model: str) -> str:
         """SHA-256 over all logits of a model: two models with equal digests are one model."""
@@ -98,6 +98,7 @@ class LogitStore:
     def drop(self, model: str) -> None:
         path = self._paths.pop(model, None)
         self._digests.pop(model, None)
+        self._maps.pop(model, None)
         if path is not None:
             path.unlink(missing_ok=True)
             _journal(path).unlink(missing_ok=True)
@@ -133,6 +134,7 @@ class LogitStore:
 
     def _keep(self, model: str, path: Path, digests: Sequence[str]) -> None:
         self._paths[model] = path
+        self._maps[model] = np.memmap(path, np.float32, "r", shape=(self.rows, self.vocabulary))
         self._digests[model] = hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

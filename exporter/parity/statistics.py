@@ -4,6 +4,7 @@ The definitions follow llama.cpp's `perplexity --kl-divergence` (KL(ref||cand), 
 from unrounded logits, so that a KL is never negative beyond float64 rounding.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -63,15 +64,20 @@ def score(logits: NDArray[np.floating], targets: Int) -> Scored:
     if not finite.all():
         # The figures of such a row mean nothing, but one NaN must not make every sum NaN.
         logits = np.where(finite[:, None], logits, 0.0)
-    log_p = log_softmax(logits)
     rows = np.arange(len(targets))
     top = logits.argmax(axis=-1)
     best = logits[rows, top].astype(np.float64)
     others = np.array(logits)
     others[rows, top] = -np.inf
+    # As log_softmax does it, with the exponentials kept: they are most of the work.
+    log_p = np.subtract(logits, best[:, None], dtype=np.float64)
+    p = np.exp(log_p)
+    total = p.sum(axis=-1, keepdims=True)
+    p /= total
+    log_p -= np.log(total)
     mean = log_p.mean(axis=-1)
     energy = np.einsum("nv,nv->n", log_p, log_p) - log_p.shape[1] * mean**2
-    return Scored(log_p, np.exp(log_p), -log_p[rows, targets], top, best - others.max(axis=-1), energy, finite)
+    return Scored(log_p, p, -log_p[rows, targets], top, best - others.max(axis=-1), energy, finite)
 
 
 def compare(ref: Scored, cand: Scored, targets: Int) -> PairTokens:
@@ -98,7 +104,7 @@ def compare(ref: Scored, cand: Scored, targets: Int) -> PairTokens:
     )
 
 
-def concatenate(parts: list[PairTokens]) -> PairTokens:
+def concatenate(parts: Sequence[PairTokens]) -> PairTokens:
     """The tokens of several documents, one after another."""
     return PairTokens(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(PairTokens)))
 

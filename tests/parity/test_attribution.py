@@ -14,9 +14,15 @@ def chain_of(*errors: float, seed: int = 0) -> tuple[Chain, list[np.ndarray]]:
         logits.append(logits[-1] + error * rng.normal(0, 1, (64, 500)))
     chain = Chain("T to O", [f"m{i}" for i in range(len(logits))])
     log_p = [log_softmax(one) for one in logits]
-    chain.add([one[:30] for one in log_p])
-    chain.add([one[30:] for one in log_p])
+    add(chain, [one[:30] for one in log_p])
+    other = Chain(chain.name, chain.models)
+    add(other, [one[30:] for one in log_p])
+    chain.include(other)
     return chain, log_p
+
+
+def add(chain: Chain, log_p: list[np.ndarray]) -> None:
+    chain.add(log_p, [np.exp(one) for one in log_p])
 
 
 def test_shares_sum_to_one_and_follow_the_variances() -> None:
@@ -39,7 +45,7 @@ def test_a_stage_that_takes_an_error_back_has_a_negative_share() -> None:
     start = rng.normal(0, 3, (50, 400))
     error = 0.02 * rng.normal(0, 1, (50, 400))
     chain = Chain("c", ("a", "b", "c"))
-    chain.add([log_softmax(start), log_softmax(start + error), log_softmax(start + 0.5 * error)])
+    add(chain, [log_softmax(start), log_softmax(start + error), log_softmax(start + 0.5 * error)])
     shares = chain.shares()
     assert shares is not None
     np.testing.assert_allclose(shares, [2, -1], atol=0.01)

@@ -83,6 +83,22 @@ def require_equal(opened: Opened) -> None:
     assert np.abs(wanted["T"] - wanted["B"]).max() > 1e-3  # the adapter says something
     for name, model in opened.blocks().items():
         assert np.abs(BlockScorer(model).logits(ROW) - wanted[name]).max() <= 1e-6, name
+        together = states_together(model)
+        assert np.abs(together[0] - together[1]).max() > 1e-4, name
+        assert np.abs(together - states_apart(model)).max() <= 1e-6, name
+
+
+def three_states(model: BlockModel) -> Float32:
+    first = model.embed(ROW)
+    return np.stack([first, first[::-1], 0.5 * first])
+
+
+def states_together(model: BlockModel) -> Float32:
+    return model.run_all(0, ROW, three_states(model))
+
+
+def states_apart(model: BlockModel) -> Float32:
+    return np.stack([model.run(0, ROW, one) for one in three_states(model)])
 
 
 @pytest.mark.parametrize("onto", ["original", "int8"])

@@ -64,9 +64,9 @@ def test_a_capture_measures_what_the_live_reference_measures(store: LogitStore, 
         for rows in (slice(0, 9), slice(9, len(document.positions))):
             targets = document.targets[rows]
             other = score(store.read("O", document, rows), targets)
-            for name in ("from_reference", "to_reference"):
-                full = getattr(live, name)(document, rows, other, targets)
-                coarse = getattr(file, name)(document, rows, other, targets)
+            for name in ("pair_to", "pair_from"):
+                full = getattr(live.at(document, rows, targets), name)(other)
+                coarse = getattr(file.at(document, rows, targets), name)(other)
                 # coarsening can only lose: the data-processing inequality
                 assert (coarse.kl <= full.kl + 1e-9).all()
                 np.testing.assert_allclose(coarse.kl, full.kl, rtol=0.02)
@@ -88,7 +88,7 @@ def test_a_nan_of_the_other_side_stays_marked(store: LogitStore, tmp_path: Path)
     file, document = captured(store, tmp_path / "r.safetensors"), store.documents[1]
     logits = store.read("O", document)
     logits[2, 11] = np.nan
-    pair = file.from_reference(document, slice(None), score(logits, document.targets), document.targets)
+    pair = file.at(document, slice(None), document.targets).pair_to(score(logits, document.targets))
     assert np.flatnonzero(~pair.finite).tolist() == [2]
 
 

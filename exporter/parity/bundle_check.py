@@ -68,8 +68,8 @@ def verify_bundle(run: Run, bundle: Bundle) -> BundleResult:
         raise InputRefused(
             f"{bundle.graph} is {bundle.format} for {bundle.target}", expected="a format that thresholds.toml judges"
         )
-    weights = check_weights(bundle, run.oracle, run.thresholds.projection)
-    mutants = merge_mutants(bundle, run.oracle, run.thresholds.projection)
+    weights = check_weights(bundle, run.oracle, run.thresholds.projection, run.progress)
+    mutants = merge_mutants(bundle, run.oracle, run.thresholds.projection, run.progress)
     run.oracle.release()
     cache = _score_bundle(run, bundle)
     pairs = bundle_pairs(run.store, run.reference, run.common, bundle.format != "float", run.progress)

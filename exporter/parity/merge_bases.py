@@ -45,7 +45,7 @@ def compare_merge_bases(
     progress: Progress = SILENT,
 ) -> MergeBases:
     """merged: the pair T-M32 of the base that was merged onto. Scores the other base unless that is too much here."""
-    tensors = codes_errors(oracle)
+    tensors = codes_errors(oracle, progress)
     if level == "commit" and parameter_count(pair.base) > CHEAP:
         return MergeBases((), tensors)
     other: Onto = "original" if oracle.onto == "int8" else "int8"
@@ -97,19 +97,20 @@ def _chain() -> Chain:
     return Chain("T to R", ("T", "D", "R"))
 
 
-def codes_errors(oracle: Oracle) -> tuple[CodesError, ...]:
+def codes_errors(oracle: Oracle, progress: Progress = SILENT) -> tuple[CodesError, ...]:
     """||q|| / ||delta|| of every adapted weight that 8-bit loading converts. Needs weights alone."""
     model = meta_model(oracle.base.directory)
     converted = {oracle.canonical(f"{name}.weight"): transposed for name, transposed in int8_modules(model).items()}
+    names = [name for name in oracle.names if name in converted]
     found = []
-    for name in oracle.names:
-        if name not in converted:
-            continue
-        weight = read_tensor(oracle.base_info(name))
-        codes = int8_values(weight, transposed=converted[name], name=name).double().numpy()
-        error = float(np.linalg.norm(weight.double().numpy() - codes))
-        delta = float(np.linalg.norm(oracle.merge(name).delta))
-        found.append(CodesError(name, error / delta if delta else None, error / float(weight.double().norm())))
+    with progress.task("errors of the base's 8-bit codes", len(names), "tensors") as task:
+        for name in names:
+            weight = read_tensor(oracle.base_info(name))
+            codes = int8_values(weight, transposed=converted[name], name=name).double().numpy()
+            error = float(np.linalg.norm(weight.double().numpy() - codes))
+            delta = float(np.linalg.norm(oracle.merge(name).delta))
+            found.append(CodesError(name, error / delta if delta else None, error / float(weight.double().norm())))
+            task.advance()
     return tuple(found)
 
 

@@ -42,6 +42,7 @@ from exporter.parity.weights import (
     row_blocks,
     within_step,
 )
+from exporter.progress import SILENT, Progress
 from exporter.sources.tensors import read_tensor
 
 Float = NDArray[np.float64]
@@ -78,36 +79,51 @@ def merge_mutations(adapted: Sequence[Adapted] = ()) -> list[MergeMutation]:
     return mutations
 
 
-def merge_mutants(bundle: Bundle, oracle: Oracle, limits: ProjectionLimits) -> list[Mutant]:
+def merge_mutants(
+    bundle: Bundle, oracle: Oracle, limits: ProjectionLimits, progress: Progress = SILENT
+) -> list[Mutant]:
     """Each mutation in each target alone: it must be seen in every one, so that it is seen in any one."""
     weights = canonical_weights(bundle, oracle)
-    names = oracle.names
     tallies: dict[str, _Tally] = {mutation.name: _Tally() for mutation in merge_mutations()}
     expected = {PROJECTION}
     other: Adapted | None = None
-    for name in names:
-        adapted = other if other is not None and other.name == name else oracle.merge(name)
-        following = _same_shape(name, oracle)
-        other = oracle.merge(following) if following else None
-        weight = weights[name]
-        expected |= {STEP} if isinstance(weight, Quantized) and adapted.is_exact else set()
-        expected |= set() if isinstance(weight, Quantized) else {ELEMENTS}
-        stored = read_values(weight)
-        for mutation in merge_mutations([adapted]):
-            delta = mutation.change(adapted, other)
-            tally = tallies.setdefault(mutation.name, _Tally())
-            if isinstance(delta, str):
-                tally.reasons.append(delta)
-            elif not any((delta(rows) != adapted.delta_of(rows)).any() for rows in row_blocks(stored)):
-                tally.reasons.append(f"{name}: equals the original, max |difference| = 0")
-            elif _is_below_rounding(weight, adapted, delta, oracle):
-                tally.reasons.append(f"{name}: the same bundle, for what it changes is lost in rounding")
-            else:
-                tally.add(name, _killers(stored, adapted, delta, weight, oracle, limits))
+    with progress.task("mutants of the weights", len(oracle.names), "tensors") as task:
+        for name in oracle.names:
+            adapted = other if other is not None and other.name == name else oracle.merge(name)
+            following = _same_shape(name, oracle)
+            other = oracle.merge(following) if following else None
+            weight = weights[name]
+            expected |= {STEP} if isinstance(weight, Quantized) and adapted.is_exact else set()
+            expected |= set() if isinstance(weight, Quantized) else {ELEMENTS}
+            _try_all(tallies, adapted, other, weight, oracle, limits)
+            task.advance()
     found = [tally.mutant(name, tuple(sorted(expected, reverse=True))) for name, tally in tallies.items()]
     if oracle.onto == "int8":
         found.append(_onto_mutant(weights, oracle, limits))
     return found
+
+
+def _try_all(
+    tallies: dict[str, "_Tally"],
+    adapted: Adapted,
+    other: Adapted | None,
+    weight: Weight,
+    oracle: Oracle,
+    limits: ProjectionLimits,
+) -> None:
+    """Every mutation in one target; other: the target whose change a shuffled layer would carry."""
+    name, stored = adapted.name, read_values(weight)
+    for mutation in merge_mutations([adapted]):
+        delta = mutation.change(adapted, other)
+        tally = tallies.setdefault(mutation.name, _Tally())
+        if isinstance(delta, str):
+            tally.reasons.append(delta)
+        elif not any((delta(rows) != adapted.delta_of(rows)).any() for rows in row_blocks(stored)):
+            tally.reasons.append(f"{name}: equals the original, max |difference| = 0")
+        elif _is_below_rounding(weight, adapted, delta, oracle):
+            tally.reasons.append(f"{name}: the same bundle, for what it changes is lost in rounding")
+        else:
+            tally.add(name, _killers(stored, adapted, delta, weight, oracle, limits))
 
 
 def _same_shape(name: str, oracle: Oracle) -> str | None:

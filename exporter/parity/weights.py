@@ -14,6 +14,7 @@ from exporter.parity.bundles import Bundle, quantization_steps
 from exporter.parity.gates import ProjectionLimits
 from exporter.parity.oracle import Adapted, Oracle
 from exporter.parity.result import GateResult, Outcome, Projection
+from exporter.progress import SILENT, Progress, Task
 from exporter.sources.checkpoint import TensorInfo, read_tensor
 from exporter.sources.tensors import FLOATS, item_size
 
@@ -155,9 +156,18 @@ def judge_projection(projection: Projection, limits: ProjectionLimits) -> Outcom
     return "PASS" if abs(projection.share - 1) <= max(limits.share, limits.errors * projection.error) else "FAIL"
 
 
-def check_weights(bundle: Bundle, oracle: Oracle, limits: ProjectionLimits) -> WeightChecks:
+def check_weights(
+    bundle: Bundle, oracle: Oracle, limits: ProjectionLimits, progress: Progress = SILENT
+) -> WeightChecks:
     """Every weight gate of one bundle."""
     weights = canonical_weights(bundle, oracle)
+    with progress.task("check the weights", len(oracle.expected_names | set(oracle.names)), "tensors") as task:
+        return _checked(bundle, weights, oracle, limits, task)
+
+
+def _checked(
+    bundle: Bundle, weights: Mapping[str, Weight], oracle: Oracle, limits: ProjectionLimits, task: Task
+) -> WeightChecks:
     projections: list[Projection] = []
     near: set[str] = set()
     outcomes: dict[str, list[tuple[str, Outcome]]] = {"elements": [], "projection": [], "step": []}
@@ -182,7 +192,8 @@ def check_weights(bundle: Bundle, oracle: Oracle, limits: ProjectionLimits) -> W
         else:
             outcomes["elements"].append((adapted.name, _elements_outcome(weight, stored, adapted, oracle)))
             near |= {adapted.name} if is_near(stored, adapted, weight.dtype) else set()
-    untouched = _check_untouched(weights, oracle)
+        task.advance()
+    untouched = _check_untouched(weights, oracle, task)
     outcomes["step"] += [entry for entry in untouched if isinstance(weights[entry[0]], Quantized)]
     same = [entry for entry in untouched if not isinstance(weights[entry[0]], Quantized)]
     source = "the base" if oracle.onto == "original" else "the base or what its int8 codes mean"
@@ -329,7 +340,7 @@ def _elements_outcome(weight: Weight, stored: Float, adapted: Adapted, oracle: O
     return "PASS" if elements_pass(stored.__getitem__, adapted, allowed_types(weight, base)) else "FAIL"
 
 
-def _check_untouched(weights: Mapping[str, Weight], oracle: Oracle) -> list[tuple[str, Outcome]]:
+def _check_untouched(weights: Mapping[str, Weight], oracle: Oracle, task: Task) -> list[tuple[str, Outcome]]:
     """Weights that no adapter changes: equal bytes, or the exact conversion where the type differs.
 
     Onto int8, what the codes mean, rounded once.
@@ -340,6 +351,7 @@ def _check_untouched(weights: Mapping[str, Weight], oracle: Oracle) -> list[tupl
             original = oracle.original(name)
             right = untouched(weights[name], original, oracle.base_info(name), on_codes=name in oracle.int8_names)
             results.append((name, "PASS" if right else "FAIL"))
+        task.advance()
     return results
 
 

@@ -245,9 +245,13 @@ def _target(model: onnx.ModelProto) -> str:
 
 
 def quantization_steps(weight: Quantized) -> tuple[torch.Tensor, torch.Tensor]:
-    """(step, clipped) of every element in the checkpoint's orientation: float32, and whether its code is an end."""
-    steps = read_tensor(weight.scales).float().repeat_interleave(weight.block, dim=1)
-    codes = unpack(read_tensor(weight.codes), weight.bits).reshape(steps.shape)
-    clipped = (codes == 0) | (codes == (1 << weight.bits) - 1)
-    steps, clipped = steps.abs()[:, : weight.columns], clipped[:, : weight.columns]  # a scale may be negative
-    return (steps.T, clipped.T) if weight.transposed else (steps, clipped)
+    """(step, clipped) of every element in the checkpoint's orientation: float32, and whether its code is an end.
+
+    Both lie in memory as they are read: whoever takes a few rows of a transposed view reads a line for each number.
+    """
+    scales = read_tensor(weight.scales).float().abs()  # a scale may be negative
+    codes = unpack(read_tensor(weight.codes), weight.bits).flatten(1)
+    clipped = ((codes == 0) | (codes == (1 << weight.bits) - 1))[:, : weight.columns]
+    if weight.transposed:
+        return scales.T.repeat_interleave(weight.block, dim=0)[: weight.columns], clipped.T.contiguous()
+    return scales.repeat_interleave(weight.block, dim=1)[:, : weight.columns], clipped

@@ -325,11 +325,13 @@ def within_step(weight: Quantized, stored: Float, wanted: Float) -> bool:
     def within(rows: slice) -> bool:
         got, want, step = stored[rows], wanted[rows], steps[rows]
         size, unit = np.abs(want), np.where(step > 0, step, smallest)
-        distance = np.abs(got - want) / unit
-        inward = clipped[rows] & (size >= np.abs(got)) & (distance <= 1 << (weight.bits - 1))
-        nearest = 0.5 + CODE_ERROR + 2.0**-9 * size / unit
-        near = distance <= np.where(step > 0, np.minimum(nearest, 1), 1)
-        return bool(np.isfinite(got).all() and (near | inward).all())
+        distance = np.abs(got - want)
+        nearest = np.minimum((0.5 + CODE_ERROR) * unit + 2.0**-9 * size, unit)
+        far = ~(distance <= np.where(step > 0, nearest, unit))  # a NaN is far
+        if not far.any():
+            return True
+        inward = clipped[rows][far] & (size[far] >= np.abs(got[far]))
+        return bool((inward & (distance[far] <= (1 << (weight.bits - 1)) * unit[far])).all())
 
     return all(map(within, row_blocks(stored)))
 

@@ -35,9 +35,8 @@ class LogitStore:
     def __init__(self, directory: Path, documents: Sequence[Document], vocabulary: int) -> None:
         self.directory, self.documents, self.vocabulary = directory, documents, vocabulary
         self._starts = np.concatenate([[0], np.cumsum([len(document.positions) for document in documents])])
-        self._paths: dict[str, Path] = {}
         self._digests: dict[str, str] = {}
-        self._maps: dict[str, NDArray[np.float32]] = {}  # (N, vocabulary), of models that are kept
+        self._kept: dict[str, np.memmap] = {}  # (N, vocabulary) float32 of each model
 
     @property
     def rows(self) -> int:
@@ -89,17 +88,17 @@ class LogitStore:
     def read(self, model: str, document: Document, rows: slice = slice(None)) -> NDArray[np.float32]:
         """(n, vocabulary) of one document, in the order of its `positions`; `rows` picks some of them."""
         start, stop = self._starts[document.index], self._starts[document.index + 1]
-        return np.array(self._maps[model][start:stop][rows])
+        return np.array(self._kept[model][start:stop][rows])
 
     def digest(self, model: str) -> str:
         """SHA-256 over all logits of a model: two models with equal digests are one model."""
         return self._digests[model]
 
     def drop(self, model: str) -> None:
-        path = self._paths.pop(model, None)
+        kept = self._kept.pop(model, None)
         self._digests.pop(model, None)
-        self._maps.pop(model, None)
-        if path is not None:
+        if kept is not None:
+            path = Path(str(kept.filename))
             path.unlink(missing_ok=True)
             _journal(path).unlink(missing_ok=True)
 
@@ -133,8 +132,7 @@ class LogitStore:
         return int(self._starts[last] - self._starts[first]) * self.vocabulary * 4
 
     def _keep(self, model: str, path: Path, digests: Sequence[str]) -> None:
-        self._paths[model] = path
-        self._maps[model] = np.memmap(path, np.float32, "r", shape=(self.rows, self.vocabulary))
+        self._kept[model] = np.memmap(path, np.float32, "r", shape=(self.rows, self.vocabulary))
         self._digests[model] = hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

@@ -48,9 +48,17 @@ class Scored:
 
 def log_softmax(logits: NDArray[np.floating]) -> Float:
     """Natural log probabilities over the last axis, (..., V)."""
-    shifted = np.asarray(logits, dtype=np.float64) - logits.max(axis=-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return shifted
+    return _distribution(logits)[0]
+
+
+def _distribution(logits: NDArray[np.floating]) -> tuple[Float, Float]:
+    """(log p, p), (..., V) each, from one exponential an element: it is most of the work."""
+    log_p = np.subtract(logits, logits.max(axis=-1, keepdims=True), dtype=np.float64)
+    p = np.exp(log_p)
+    total = p.sum(axis=-1, keepdims=True)
+    p /= total
+    log_p -= np.log(total)
+    return log_p, p
 
 
 def kl_divergence(log_p: Float, log_q: Float, p: Float | None = None) -> Float:
@@ -69,12 +77,7 @@ def score(logits: NDArray[np.floating], targets: Int) -> Scored:
     best = logits[rows, top].astype(np.float64)
     others = np.array(logits)
     others[rows, top] = -np.inf
-    # As log_softmax does it, with the exponentials kept: they are most of the work.
-    log_p = np.subtract(logits, best[:, None], dtype=np.float64)
-    p = np.exp(log_p)
-    total = p.sum(axis=-1, keepdims=True)
-    p /= total
-    log_p -= np.log(total)
+    log_p, p = _distribution(logits)
     mean = log_p.mean(axis=-1)
     energy = np.einsum("nv,nv->n", log_p, log_p) - log_p.shape[1] * mean**2
     return Scored(log_p, p, -log_p[rows, targets], top, best - others.max(axis=-1), energy, finite)

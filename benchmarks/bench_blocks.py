@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 import exporter
-from exporter.graph.quantize import BLOCKS
+from exporter.graph.weights import BLOCKS
 
 PACKAGE = Path(exporter.__file__).parent
 

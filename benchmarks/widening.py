@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from exporter.sources.checkpoint import open_checkpoint, read_headers, read_rows, read_tensor
+from exporter.sources.checkpoint import open_checkpoint, read_headers
+from exporter.sources.values import read_rows, read_tensor
 
 DEMO = Path(__file__).parents[1] / "exporter/demo"
 WIDTH, LAYERS, HEADS, POSITIONS, VOCABULARY = 128, 12, 4, 512, 50257

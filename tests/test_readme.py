@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from exporter.demonstration import PAIR
-from exporter.graph import export
+from exporter.graph.export import export
 from exporter.merging.merge import merge
 from tests.forked import Forks
 from tests.parity.conftest import write_adapter, write_base

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import torch
 
 from exporter.errors import InputRefused
@@ -59,7 +60,7 @@ def read_runtime_adapter(name: str, source: Source, layout: ModelLayout, decoder
     return RuntimeAdapter(name, factors, facts, chat_template(source.directory))
 
 
-def _folded(change: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+def _folded(change: LowRank) -> tuple[np.ndarray, np.ndarray]:
     """float32 A^T (in, r) and scale B^T (r, out), rounded once."""
     down, up = read_factors(change)
     scaled = up.T * change.scale
@@ -67,7 +68,7 @@ def _folded(change: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
         raise InputRefused(
             f"the scale {change.scale:g} times {change.up.name!r} overflows in float32", expected="finite factors"
         )
-    return down.T.contiguous(), scaled.contiguous()
+    return down.T.contiguous().numpy(), scaled.contiguous().numpy()
 
 
 def _not_separable(name: str, what: str, decoder: Decoder) -> InputRefused:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
-import torch
 
 from exporter.files import partial_path, publish, write_atomically
 from exporter.graph.low_rank import factor_names
@@ -27,7 +27,7 @@ class RuntimeAdapter:
     """
 
     name: str
-    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    factors: Mapping[str, tuple[np.ndarray, np.ndarray]]
     facts: Mapping[str, Any]
     template: str | None
 
@@ -66,9 +66,9 @@ def write_adapters(directory: Path, adapters: Sequence[RuntimeAdapter]) -> dict[
 def write_adapter(path: Path, adapter: RuntimeAdapter) -> None:
     """onnxruntime's own format, whole or not at all."""
     values = {
-        name: ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
+        name: ort.OrtValue.ortvalue_from_numpy(factor)
         for module, factors in adapter.factors.items()
-        for name, tensor in zip(factor_names(module), factors, strict=True)
+        for name, factor in zip(factor_names(module), factors, strict=True)
     }
     file = ort.AdapterFormat()
     file.set_adapter_version(VERSION)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from exporter.errors import InputRefused
-from exporter.sources.checkpoint import TensorInfo
+from exporter.sources.tensors import TensorInfo
 
 # 21 is the first opset that optimum, onnxruntime-genai and every supported onnxruntime agree on; IR 10 goes with it.
 OPSET, IR_VERSION = 21, 10

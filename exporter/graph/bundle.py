@@ -1,14 +1,12 @@
 """A bundle: a directory that a runtime can open, and what its manifest says about it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from exporter.errors import InputRefused
-from exporter.graph.weights import WEIGHTS, Weight, float_values, open_weights
+from exporter.graph.weights import WEIGHTS, Weight, open_weights
 from exporter.manifest import describe_file, read_manifest, stamp
 from exporter.sources.checkpoint import open_checkpoint
 from exporter.sources.own_files import require_own_files
@@ -84,11 +82,6 @@ def bundle_weights(bundle: Bundle) -> Mapping[str, Weight]:
     """The stored weights by checkpoint name; headers only."""
     own = bundle.directory / WEIGHTS
     return open_weights(own) if own.is_file() else open_checkpoint(bundle.directory).tensors
-
-
-def dequantized_weights(bundle: Bundle) -> Iterator[tuple[str, torch.Tensor]]:
-    """(checkpoint name, float32 values in the checkpoint's orientation), one tensor at a time: what the graph means."""
-    return float_values(bundle_weights(bundle))
 
 
 def describe_known(path: Path, manifest: Mapping[str, Any] | None) -> dict[str, Any]:

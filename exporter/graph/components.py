@@ -13,6 +13,8 @@ from exporter.graph.weights import Quantized, Weight
 # An optional input, int64 (1,): for how many of the last positions logits are computed; all of them by default.
 LOGITS_TO_KEEP = "logits_to_keep"
 EVERYTHING = (1 << 63) - 1
+# MatMulNBits quantizes its activations to int8 at level 4; without it 4-bit decoding on a CPU is about 2.3x slower.
+ACCURACY_LEVEL = {"cpu": 4, "cuda": 0}
 INT64, FLOAT, FLOAT16 = ir.DataType.INT64, ir.DataType.FLOAT, ir.DataType.FLOAT16
 KeyValue = tuple[ir.Value, ir.Value]
 

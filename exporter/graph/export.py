@@ -10,8 +10,7 @@ from exporter.graph.bundle import GRAPHS, Bundle, bundle_name
 from exporter.graph.deployment import DEPLOYMENTS, write_deployment
 from exporter.graph.native import can_be_pointed_into, export_native
 from exporter.graph.parts import INT8_EXACT, Parts
-from exporter.graph.quantize import BLOCK, BLOCKS
-from exporter.graph.standalone import export_converted
+from exporter.graph.weights import BLOCK, BLOCKS
 from exporter.progress import SILENT, Progress
 from exporter.sources.checkpoint import Checkpoint, open_checkpoint
 
@@ -156,6 +155,8 @@ def _export_one(checkpoint: Checkpoint, precision: str, target: str, wanted: Wan
             expected="model*.safetensors as regular files (a link is rejected by ONNX's external data rules)",
             todo="give --out DIR to stream the weights into a file there, or make the checkpoint with exporter merge",
         )
+    from exporter.graph.standalone import export_converted  # converts values, so it imports torch
+
     return export_converted(
         checkpoint.directory,
         (wanted.out or checkpoint.directory.parent) / bundle_name(precision, target),

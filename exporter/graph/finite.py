@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import torch
 
 from exporter.errors import InputRefused
-from exporter.sources.tensors import DTYPES, FLOATS, TensorInfo, read_bytes
+from exporter.sources.tensors import FLOATS, TensorInfo, read_bytes
+from exporter.sources.values import DTYPES
 
 BLOCK = 16 << 20
 

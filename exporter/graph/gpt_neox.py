@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import onnx_ir as ir
-import torch
 
 from exporter.errors import InputRefused
 from exporter.graph.builder import MICROSOFT
@@ -194,6 +193,8 @@ def _build(config: GptNeoxConfig, c: Components) -> ir.Graph:
 
 def _rotary_tables(config: GptNeoxConfig, c: Components) -> tuple[ir.Value, ir.Value]:
     """cos and sin (n_positions, rotary size / 2), in float32 as transformers' GPTNeoXRotaryEmbedding takes them."""
+    import torch  # its powers and cosines, which numpy rounds otherwise; a graph without rotary tables goes without it
+
     steps = torch.arange(0, config.rotary_size, 2, dtype=torch.int64).float() / config.rotary_size
     frequencies = 1.0 / config.rope_theta**steps / config.rope_factor
     angles = torch.outer(torch.arange(config.max_position_embeddings).float(), frequencies)

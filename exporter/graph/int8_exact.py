@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from exporter.errors import InputRefused
@@ -26,8 +27,9 @@ from exporter.merging.card import licence_of, text_files
 from exporter.merging.int8 import quantized_modules
 from exporter.merging.modules import ModelLayout, model_layout
 from exporter.progress import Progress
-from exporter.sources.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from exporter.sources.checkpoint import Checkpoint, open_checkpoint
 from exporter.sources.hub import Source, resolve
+from exporter.sources.tensors import TensorInfo
 
 FORMULA = "y = x W_int8^T + (x A^T) (scale B^T) in float32, W_int8 = code * (absmax * float32(1/127)) of bitsandbytes"
 
@@ -90,8 +92,8 @@ def _factors(
             )
         pairs = [adapter.factors[module] for adapter in adapters if module in adapter.factors]
         name = names[f"{module}.weight"]
-        factors[name + DOWN] = torch.cat([down for down, _ in pairs], dim=1)
-        factors[name + UP] = torch.cat([up for _, up in pairs], dim=0)
+        factors[name + DOWN] = torch.from_numpy(np.concatenate([down for down, _ in pairs], axis=1))
+        factors[name + UP] = torch.from_numpy(np.concatenate([up for _, up in pairs], axis=0))
     return factors
 
 

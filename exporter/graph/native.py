@@ -7,7 +7,6 @@ from exporter.files import disk_errors, human_bytes, lock_directory
 from exporter.graph.adapters import RuntimeAdapter, adapter_facts, write_adapters
 from exporter.graph.architectures import read_decoder
 from exporter.graph.bundle import GRAPHS, Bundle, describe_known, describe_unread, known_sha256
-from exporter.graph.finite import require_finite
 from exporter.graph.foreign import refuse_foreign_adapters, refuse_foreign_graph
 from exporter.graph.provenance import provenance
 from exporter.graph.publish import bundle_section, publish_section, write_graph
@@ -51,7 +50,10 @@ def export_native(
             )
             weights = {file.name: describe_unread(file, manifest) for file in checkpoint.files}
         else:
-            require_finite(info for info in checkpoint.tensors.values() if info.file in unseen)
+            if unseen:
+                from exporter.graph.finite import require_finite  # imports torch, which takes longer than all the rest
+
+                require_finite(info for info in checkpoint.tensors.values() if info.file in unseen)
             weights = {file.name: describe_known(file, manifest) for file in checkpoint.files}
         require_unchanged(watched)
         write_graph(bundle, decoder, checkpoint.tensors, checkpoint.config, adapters)

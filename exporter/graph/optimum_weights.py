@@ -18,9 +18,10 @@ from exporter.files import human_bytes
 from exporter.graph.quantized_file import Stored, write_weights
 from exporter.graph.weights import WEIGHTS
 from exporter.progress import SILENT, Progress
-from exporter.sources.checkpoint import Checkpoint, TensorInfo, read_tensor
+from exporter.sources.checkpoint import Checkpoint
 from exporter.sources.safetensors_file import read_header
-from exporter.sources.tensors import FLOATS
+from exporter.sources.tensors import FLOATS, TensorInfo
+from exporter.sources.values import read_tensor
 
 INSIDE = 1 << 30  # bytes of initializers that may stay in a graph: protobuf's own limit is 2 GB
 TRANSPOSED = ".transposed"

@@ -9,9 +9,9 @@ from exporter.graph.adapters import SUFFIX, TEMPLATE_SUFFIX, RuntimeAdapter, ada
 from exporter.graph.architectures import build_model
 from exporter.graph.builder import OPSET, exporter_version, serialize
 from exporter.graph.bundle import GENAI_CONFIG, GRAPHS, Bundle, bundles_in
+from exporter.graph.components import ACCURACY_LEVEL
 from exporter.graph.decoder import Decoder
 from exporter.graph.genai_config import genai_config
-from exporter.graph.quantize import ACCURACY_LEVEL
 from exporter.graph.weights import Weight
 from exporter.manifest import describe_file, file_is_unchanged, read_manifest, versions, write_stage
 

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-BLOCK = 32  # by default
-BLOCKS = (32, 64, 128, 256)
-# MatMulNBits quantizes its activations to int8 at level 4; without it 4-bit decoding on a CPU is about 2.3x slower.
-ACCURACY_LEVEL = {"cpu": 4, "cuda": 0}
+from exporter.graph.weights import BLOCK
+
 # The largest of a block, whatever its sign, is put at this many steps from zero, in turn, and the best is kept: beyond
 # 2^(bits-1) it is clipped and the others get finer steps; before it, the others round differently, which is as good.
 # The best three of a grid, on normal, heavy-tailed and trained weights; eight take 2 % more off the error.
@@ -72,7 +70,7 @@ def _sum_blocks(values: torch.Tensor) -> torch.Tensor:
     size = values.shape[1]
     while size > 1:
         size //= 2
-        values[:, :size] += values[:, size : 2 * size]
+        values[:, :size].add_(values[:, size : 2 * size])  # `+=` would copy the sums onto themselves
     return values[:, 0].clone()
 
 

@@ -12,14 +12,14 @@ import torch
 
 from exporter.errors import EnvironmentLacking, InputRefused
 from exporter.files import publish, require_free_space
-from exporter.graph.quantize import BLOCK, quantize_matrix
-from exporter.graph.weights import SCALES, codes_name
+from exporter.graph.quantize import quantize_matrix
+from exporter.graph.weights import BLOCK, SCALES, codes_name
 from exporter.merging.layout import ShardLayout, Slot, lay_out
 from exporter.merging.threads import single_threaded, thread_pool
 from exporter.progress import SILENT, Progress
-from exporter.sources.checkpoint import TensorInfo, read_rows, read_tensor
-from exporter.sources.tensors import DTYPES, FLOATS, NAMES
+from exporter.sources.tensors import FLOATS, TensorInfo
 from exporter.sources.unchanged import require_unchanged, watch
+from exporter.sources.values import DTYPES, NAMES, read_rows, read_tensor
 
 # Elements that a thread reads at once: 4 MB in float16.
 ELEMENTS = 2 << 20

@@ -11,16 +11,17 @@ from exporter.graph.adapters import RuntimeAdapter, adapter_facts, write_adapter
 from exporter.graph.architectures import read_decoder
 from exporter.graph.bundle import GRAPHS, Bundle, describe_known
 from exporter.graph.companions import companions
+from exporter.graph.components import ACCURACY_LEVEL
 from exporter.graph.decoder import MATRICES, Decoder, decoder_weights
 from exporter.graph.foreign import refuse_foreign_directory
 from exporter.graph.provenance import merged_onto, provenance
 from exporter.graph.publish import bundle_section, publish_section, write_graph
-from exporter.graph.quantize import ACCURACY_LEVEL
 from exporter.graph.quantized_file import Stored, bits_per_weight, write_weights
 from exporter.graph.weights import WEIGHTS, open_weights
 from exporter.manifest import describe_file, read_manifest
 from exporter.progress import Progress
-from exporter.sources.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from exporter.sources.checkpoint import Checkpoint, open_checkpoint
+from exporter.sources.tensors import TensorInfo
 
 
 def export_converted(

@@ -1,18 +1,17 @@
 """The weights a graph points at: tensors as stored, or block-quantized ones."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from exporter.errors import InputRefused
-from exporter.sources.checkpoint import TensorInfo, read_tensor
 from exporter.sources.safetensors_file import read_header
-from exporter.sources.tensors import FLOATS
+from exporter.sources.tensors import TensorInfo
 
 WEIGHTS = "weights.safetensors"
+BLOCK = 32  # weights that share a scale, by default
+BLOCKS = (32, 64, 128, 256)
 # Beside the codes `wte.weight.int8` stand `wte.weight.int8.scales`; a `t` after the bits says that the checkpoint
 # stores the transpose, `.of40` that only 40 columns of the last block are the matrix's own.
 CODES = re.compile(r"(?P<name>.+)\.int(?P<bits>[48])(?P<transposed>t?)(\.of(?P<columns>\d{1,12}))?")
@@ -97,29 +96,3 @@ def _quantized(path: Path, tensors: Mapping[str, TensorInfo], key: str, match: r
         tensors.get(name + DOWN),
         tensors.get(name + UP),
     )
-
-
-def dequantize(weight: Quantized) -> torch.Tensor:
-    """The matrix in the checkpoint's own orientation, float32: what the stored integers, and a LoRA beside, mean."""
-    codes = unpack(read_tensor(weight.codes), weight.bits)  # (N, K / block, block)
-    scales = read_tensor(weight.scales).float().reshape(weight.rows, -1, 1)
-    matrix = ((codes.float() - (1 << (weight.bits - 1))) * scales).reshape(weight.rows, -1)[:, : weight.columns]
-    if weight.down is not None and weight.up is not None:
-        matrix = matrix + (read_tensor(weight.down) @ read_tensor(weight.up)).T
-    return (matrix.T if weight.transposed else matrix).contiguous()
-
-
-def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 codes of `bits` bits each, from bytes that hold 8 / bits of them, low bits first."""
-    if bits == 8:
-        return packed
-    return torch.stack((packed & 0x0F, packed >> 4), dim=-1).reshape(*packed.shape[:-1], -1)
-
-
-def float_values(weights: Mapping[str, Weight]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every floating-point tensor by its checkpoint name, float32, one at a time."""
-    for name, weight in weights.items():
-        if isinstance(weight, Quantized):
-            yield name, dequantize(weight)
-        elif weight.dtype in FLOATS:
-            yield name, read_tensor(weight).float()

@@ -13,7 +13,7 @@ from exporter.merging.output import OutputTensor
 from exporter.merging.plan import MergePlan
 from exporter.merging.request import MergeOptions
 from exporter.merging.stream import WrittenTensor
-from exporter.sources.tensors import DTYPES
+from exporter.sources.tensors import ITEM_SIZES
 
 FORMULA = "W' = round(W + sum_k weight_k * scale_k * B_k A_k), accumulated in float32, rounded once"
 # Where rounding keeps less of a delta than this share, the user is told.
@@ -83,7 +83,7 @@ def is_account(section: object) -> bool:
         and request.get("onto", "original") in ("original", "int8")
         and all(isinstance(one, dict) and isinstance(one.get("sha256"), str) for one in tensors.values())
         and all(isinstance(one.get(key, ""), str) for one in tensors.values() for key in texts)
-        and all(one.get("source_dtype", "F32") in DTYPES for one in tensors.values())
+        and all(one.get("source_dtype", "F32") in ITEM_SIZES for one in tensors.values())
     )
 
 

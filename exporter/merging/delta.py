@@ -20,7 +20,8 @@ from exporter.merging.changes import (
     ReplaceRows,
     WeightDecomposed,
 )
-from exporter.sources.tensors import TensorInfo, read_columns, read_rows, read_tensor
+from exporter.sources.tensors import TensorInfo
+from exporter.sources.values import read_columns, read_rows, read_tensor
 
 ROW_BLOCK = 64
 # Values in the widest temporary: 2 MB in float32, so that a block's arithmetic stays in the processor's cache.

@@ -24,7 +24,8 @@ from exporter.merging.stream import (
 from exporter.merging.threads import thread_pool
 from exporter.progress import Task
 from exporter.sources.safetensors_file import read_header
-from exporter.sources.tensors import DTYPES, TensorInfo, read_into, read_rows
+from exporter.sources.tensors import TensorInfo, read_into
+from exporter.sources.values import DTYPES, read_rows
 
 PROBES = 4
 

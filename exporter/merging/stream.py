@@ -19,7 +19,8 @@ from exporter.merging.modules import ModelLayout
 from exporter.merging.output import OutputTensor
 from exporter.merging.tuners import prepare_peft
 from exporter.progress import Task
-from exporter.sources.tensors import DTYPES, FLOATS, item_size, open_to_read, read_into
+from exporter.sources.tensors import FLOATS, item_size, open_to_read, read_into
+from exporter.sources.values import DTYPES
 
 # Bytes for each value of a block under way: read, float32 twice, the delta, the output.
 ELEMENT_COST = 24

@@ -11,7 +11,8 @@ from exporter.merging.changes import Change, PeftLayer
 from exporter.merging.delta import Update, read_factor
 from exporter.merging.modules import ModelLayout, find_name
 from exporter.sources.adapter import Adapter
-from exporter.sources.tensors import FLOATS, TensorInfo, read_tensor
+from exporter.sources.tensors import FLOATS, TensorInfo
+from exporter.sources.values import read_tensor
 
 ONE_AT_A_TIME = Lock()  # PEFT's layers are merged with settings of the whole process, and take the memory of a module
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
-from exporter.graph.weights import Quantized, Weight, dequantize
+from exporter.graph.dequantize import dequantize
+from exporter.graph.weights import Quantized, Weight
 from exporter.parity.bases import BaseOptions
 from exporter.parity.blocks import BlockModel, BlockSpec, Values
 from exporter.parity.models import attach_adapters, merge_adapters
 from exporter.sources.checkpoint import Checkpoint
-from exporter.sources.tensors import read_tensor
+from exporter.sources.values import read_tensor
 
 Adapters = Sequence[tuple[Path, float]]
 

@@ -15,13 +15,15 @@ from exporter.errors import InputRefused
 from exporter.files import sha256_file
 from exporter.graph.bundle import Bundle as GraphBundle
 from exporter.graph.bundle import bundles_in
+from exporter.graph.dequantize import float_values, unpack
 from exporter.graph.graph_check import NOT_OURS, NOT_TRACED, load_graph, require_our_operators
-from exporter.graph.weights import Quantized, Weight, dequantize, open_weights, unpack
+from exporter.graph.weights import Quantized, Weight, open_weights
 from exporter.manifest import MANIFEST, file_is_unchanged, read_manifest
 from exporter.parity.int8_base import Onto
 from exporter.progress import SILENT, Progress
 from exporter.sources.own_files import require_own_files
-from exporter.sources.tensors import FLOATS, TensorInfo, read_tensor
+from exporter.sources.tensors import TensorInfo
+from exporter.sources.values import read_tensor
 
 CONFIG = "config.json"
 GRAPHS = ("model.onnx", "model_cuda.onnx")
@@ -69,11 +71,7 @@ class Bundle:
 
     def values(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every floating-point tensor by its checkpoint name, in float32 and the checkpoint's orientation."""
-        for name, weight in self.weights.items():
-            if isinstance(weight, Quantized):
-                yield name, dequantize(weight)
-            elif weight.dtype in FLOATS:
-                yield name, read_tensor(weight).float()
+        return float_values(self.weights)
 
 
 def open_bundle(directory: Path, progress: Progress = SILENT) -> Bundle:

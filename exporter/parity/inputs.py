@@ -17,9 +17,10 @@ from exporter.parity.documents import LEVELS, PACKAGED, Document, Level, build_d
 from exporter.progress import SILENT, Progress
 from exporter.prompts import chat_template
 from exporter.sources.adapter import LORA, Adapter, open_adapter
-from exporter.sources.checkpoint import Checkpoint, open_checkpoint, read_json, read_tensor
+from exporter.sources.checkpoint import Checkpoint, open_checkpoint, read_json
 from exporter.sources.hub import resolve
 from exporter.sources.tokenizer import TOKENIZER_JSON, build_tokenizer_json, tokenizer_files
+from exporter.sources.values import read_tensor
 
 # What a config.json says beside the function that the weights make: types, names, ids, and what others judge.
 # fmt: off

@@ -13,7 +13,7 @@ from exporter.parity.bases import quiet
 from exporter.parity.blocks import Unsupported, stored_names, without_weights
 from exporter.parity.memory import OVERHEAD, require_memory
 from exporter.sources.checkpoint import Checkpoint
-from exporter.sources.tensors import read_tensor
+from exporter.sources.values import read_tensor
 
 
 def load_int8(base: Checkpoint, threshold: float) -> Any:

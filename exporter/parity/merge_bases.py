@@ -28,7 +28,7 @@ from exporter.parity.result import CodesError, MergeBase, MergeBases, Stage, num
 from exporter.parity.scoring import LogitStore
 from exporter.parity.statistics import kl_divergence, score
 from exporter.progress import SILENT, Progress
-from exporter.sources.tensors import read_tensor
+from exporter.sources.values import read_tensor
 
 CHEAP = 200_000_000  # parameters up to which both bases are scored at `commit` too
 Float = NDArray[np.float64]

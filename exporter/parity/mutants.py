@@ -43,7 +43,7 @@ from exporter.parity.weights import (
     within_step,
 )
 from exporter.progress import SILENT, Progress
-from exporter.sources.tensors import read_tensor
+from exporter.sources.values import read_tensor
 
 Float = NDArray[np.float64]
 PROJECTION, ELEMENTS, STEP = "weights.projection", "weights.elements", "weights.step"

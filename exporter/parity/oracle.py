@@ -14,8 +14,9 @@ from exporter.parity.bases import BaseOptions, meta_model, resized_rows
 from exporter.parity.int8_base import Onto, int8_modules, int8_values
 from exporter.parity.peft_source import Merged, Source, open_source
 from exporter.sources.adapter import LORA, TRAINABLE_TOKENS, Adapter, open_adapter
-from exporter.sources.checkpoint import Checkpoint, read_tensor
+from exporter.sources.checkpoint import Checkpoint
 from exporter.sources.tensors import TensorInfo
+from exporter.sources.values import read_tensor
 
 Float = NDArray[np.float64]
 

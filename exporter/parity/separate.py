@@ -18,8 +18,9 @@ from exporter.graph.weights import DOWN, UP, Quantized, Weight
 from exporter.parity.bundles import Bundle, SeparateAdapter
 from exporter.parity.inputs import Pair
 from exporter.runtime.adapters import checked_adapter_file
-from exporter.sources.checkpoint import read_json, read_tensor
+from exporter.sources.checkpoint import read_json
 from exporter.sources.safetensors_file import read_header
+from exporter.sources.values import read_tensor
 
 
 def find_adapter(bundle: Bundle, pair: Pair) -> SeparateAdapter | None:

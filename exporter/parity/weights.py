@@ -9,14 +9,15 @@ import torch
 from numpy.typing import NDArray
 
 from exporter.errors import InputRefused
-from exporter.graph.weights import Quantized, Weight, dequantize
+from exporter.graph.dequantize import dequantize
+from exporter.graph.weights import Quantized, Weight
 from exporter.parity.bundles import Bundle, quantization_steps
 from exporter.parity.gates import ProjectionLimits
 from exporter.parity.oracle import Adapted, Oracle
 from exporter.parity.result import GateResult, Outcome, Projection
 from exporter.progress import SILENT, Progress, Task
-from exporter.sources.checkpoint import TensorInfo, read_tensor
-from exporter.sources.tensors import FLOATS, item_size
+from exporter.sources.tensors import FLOATS, TensorInfo, item_size
+from exporter.sources.values import read_tensor
 
 Float = NDArray[np.float64]
 Rows = Callable[[slice], Float]  # some rows of a tensor that need not be there as a whole

@@ -10,9 +10,7 @@ from exporter.errors import InputRefused, lacking
 from exporter.json_text import parse_json
 from exporter.sources import safetensors_file, torch_file
 from exporter.sources.own_files import require_own_files
-from exporter.sources.tensors import TensorInfo, read_rows, read_tensor
-
-__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint", "read_json", "read_rows", "read_tensor", "weight_files"]
+from exporter.sources.tensors import TensorInfo
 
 SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"

@@ -16,10 +16,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from exporter.errors import InputRefused
-from exporter.sources.tensors import NAMES, TensorInfo
+from exporter.sources.tensors import TensorInfo, item_size
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
@@ -27,10 +25,10 @@ PICKLES_LIMIT = 16 << 20  # a tensor takes some 150 bytes and 40 opcodes: this i
 OPCODES_LIMIT = 2_000_000
 
 STORAGES = {
-    "torch.DoubleStorage": torch.float64, "torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16, "torch.LongStorage": torch.int64, "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16, "torch.CharStorage": torch.int8, "torch.ByteStorage": torch.uint8,
-    "torch.BoolStorage": torch.bool,
+    "torch.DoubleStorage": "F64", "torch.FloatStorage": "F32", "torch.HalfStorage": "F16",
+    "torch.BFloat16Storage": "BF16", "torch.LongStorage": "I64", "torch.IntStorage": "I32",
+    "torch.ShortStorage": "I16", "torch.CharStorage": "I8", "torch.ByteStorage": "U8",
+    "torch.BoolStorage": "BOOL",
 }  # fmt: skip
 TENSOR = "torch._utils._rebuild_tensor_v2"
 PARAMETER = "torch._utils._rebuild_parameter"
@@ -47,10 +45,10 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class StorageRef:
-    """What a persistent id says of a storage: `numel` elements under `key`."""
+    """What a persistent id says of a storage: `numel` elements of a safetensors type under `key`."""
 
     key: str
-    dtype: torch.dtype
+    dtype: str
     numel: int
 
 
@@ -126,7 +124,7 @@ def _storage_starts(
             file.seek(at)
             count = file.read(8)
             starts[key] = at + 8
-            at += 8 + storage.numel * storage.dtype.itemsize
+            at += 8 + storage.numel * item_size(storage.dtype)
             if at > size:
                 raise Malformed(f"it has {size} bytes, and a storage ends at byte {at}: it is truncated")
             if int.from_bytes(count, "little", signed=True) != storage.numel:
@@ -153,9 +151,9 @@ def tensor_info(path: Path, name: str, value: object, starts: dict[str, int]) ->
         )
     if numel and value.offset + numel > storage.numel:
         raise InputRefused(f"{path}: {name[:200]!r} lies outside its storage of {storage.numel} elements")
-    size = storage.dtype.itemsize
+    size = item_size(storage.dtype)
     offset = starts[storage.key] + (value.offset * size if numel else 0)
-    return TensorInfo(name, NAMES[storage.dtype], value.shape, path, offset, numel * size)
+    return TensorInfo(name, storage.dtype, value.shape, path, offset, numel * size)
 
 
 def interpret_bytes(data: bytes, storages: dict[str, StorageRef]) -> object:

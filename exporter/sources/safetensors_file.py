@@ -6,7 +6,7 @@ from typing import Any
 
 from exporter.errors import EnvironmentLacking, InputRefused
 from exporter.json_text import parse_json
-from exporter.sources.tensors import DTYPES, TensorInfo, item_size
+from exporter.sources.tensors import ITEM_SIZES, TensorInfo, item_size
 
 # The format's own limit: https://github.com/huggingface/safetensors, "Format"
 MAX_HEADER = 100_000_000
@@ -57,8 +57,8 @@ def _tensor(path: Path, name: str, entry: object, start: int) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _malformed(path, f"tensor {name!r} without dtype, shape and data_offsets", "these three and no more")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _malformed(path, f"tensor {name!r} of type {str(dtype)[:40]!r}", "one of " + ", ".join(DTYPES))
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
+        raise _malformed(path, f"tensor {name!r} of type {str(dtype)[:40]!r}", "one of " + ", ".join(ITEM_SIZES))
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_count, shape)):
         raise _malformed(path, f"tensor {name!r} with shape {str(shape)[:80]}", "a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):

@@ -1,39 +1,26 @@
-"""A tensor in a file: what its header says, and how its bytes become values."""
+"""A tensor in a file: what its header says, and its bytes. `values` makes torch tensors of them.
+
+torch takes longer to import than a native export, which needs only headers: nothing here imports it.
+"""
 
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from exporter.errors import EnvironmentLacking, InputRefused
 
-# safetensors' names, in the order of its specification
-DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Bytes of one element by safetensors' names, in the order of its specification
+ITEM_SIZES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8,
+}  # fmt: skip
 FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 
 
 def item_size(dtype: str) -> int:
     """Bytes of one element of the safetensors type `dtype`."""
-    return DTYPES[dtype].itemsize
+    return ITEM_SIZES[dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,38 +91,6 @@ def read_bytes(file: Path, offset: int, count: int) -> bytearray:
     finally:
         os.close(handle)
     return data
-
-
-def read_rows(info: TensorInfo, start: int, stop: int) -> torch.Tensor:
-    """Rows `start` to `stop`, (stop - start, *row_shape), in the stored dtype: a fresh copy."""
-    shape = (stop - start, *info.row_shape)
-    if math.prod(shape) == 0:
-        return torch.empty(shape, dtype=DTYPES[info.dtype])
-    data = read_bytes(info.file, info.offset + start * info.row_bytes, (stop - start) * info.row_bytes)
-    return torch.frombuffer(data, dtype=DTYPES[info.dtype]).reshape(shape)
-
-
-def read_columns(info: TensorInfo, start: int, stop: int) -> torch.Tensor:
-    """Columns `start` to `stop` of a matrix, (rows, stop - start), in the stored dtype: a fresh copy."""
-    size = item_size(info.dtype)
-    data = bytearray(info.rows * (stop - start) * size)
-    view, width = memoryview(data), (stop - start) * size
-    handle = open_to_read(info.file)
-    try:
-        for row in range(info.rows):
-            at = info.offset + row * info.row_bytes + start * size
-            read_into(handle, view[row * width : (row + 1) * width], at, info.file)
-    finally:
-        os.close(handle)
-    return torch.frombuffer(data, dtype=DTYPES[info.dtype]).reshape(info.rows, stop - start)
-
-
-def read_tensor(info: TensorInfo) -> torch.Tensor:
-    """The whole tensor in its stored dtype: a fresh copy."""
-    if math.prod(info.shape) == 0:
-        return torch.empty(info.shape, dtype=DTYPES[info.dtype])
-    data = read_bytes(info.file, info.offset, info.nbytes)
-    return torch.frombuffer(data, dtype=DTYPES[info.dtype]).reshape(info.shape)
 
 
 def equal_bytes(first: TensorInfo, second: TensorInfo, block: int = 16 << 20) -> bool:

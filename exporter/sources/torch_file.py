@@ -10,7 +10,7 @@ from pathlib import Path
 from exporter.errors import InputRefused
 from exporter.sources import legacy_torch_file
 from exporter.sources.legacy_torch_file import PICKLES_LIMIT, Malformed, StorageRef
-from exporter.sources.tensors import TensorInfo
+from exporter.sources.tensors import TensorInfo, item_size
 
 LOCAL_HEADER = 30  # bytes before the name in a zip file's local header
 
@@ -85,7 +85,7 @@ def _start(path: Path, size: int, record: zipfile.ZipInfo | None, storage: Stora
         raise Malformed(f"the storage {storage.key[:40]!r} is missing")
     if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
         raise Malformed(f"the storage {storage.key[:40]!r} is compressed")
-    if storage.numel * storage.dtype.itemsize > record.file_size:
+    if storage.numel * item_size(storage.dtype) > record.file_size:
         raise Malformed(f"the storage {storage.key[:40]!r} has {record.file_size} bytes, fewer than its tensors")
     with path.open("rb") as file:
         file.seek(record.header_offset)

@@ -15,7 +15,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from exporter.demonstration import PAIR
-from exporter.sources.checkpoint import open_checkpoint, read_headers, read_tensor
+from exporter.sources.checkpoint import open_checkpoint, read_headers
+from exporter.sources.values import read_tensor
 from tests.pairs import Pair
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/make_base.py"

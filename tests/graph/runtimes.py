@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.graph import Bundle
+from exporter.graph.bundle import Bundle
 from exporter.runtime.load import load
 
 

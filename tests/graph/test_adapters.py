@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 import exporter
 from exporter import cli
 from exporter.errors import InputRefused, UsageError
-from exporter.graph import Bundle, dequantized_weights, export
-from exporter.graph.bundle import WEIGHTS
+from exporter.graph.bundle import WEIGHTS, Bundle
+from exporter.graph.dequantize import dequantized_weights
+from exporter.graph.export import export
 from exporter.prompts import ALPACA, render_instruction
 from exporter.runtime.adapters import adapter_names
 from exporter.runtime.generate import prompt_ids
@@ -302,7 +303,7 @@ def test_a_base_of_2023_is_streamed_and_its_size_is_said(family: Family, tmp_pat
 def test_adapters_over_a_quantized_base(
     family: Family, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from exporter.graph.quantize import ACCURACY_LEVEL
+    from exporter.graph.components import ACCURACY_LEVEL
 
     monkeypatch.setitem(ACCURACY_LEVEL, "cpu", 1)  # float activations
     adapter = family.adapters["everything"]

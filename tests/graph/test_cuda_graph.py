@@ -10,7 +10,8 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from exporter.graph import Bundle, export
+from exporter.graph.bundle import Bundle
+from exporter.graph.export import export
 from exporter.runtime.load import load
 from exporter.runtime.session import cuda_is_usable
 from tests.graph.conftest import TinyModel, tiny_model, tokens

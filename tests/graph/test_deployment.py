@@ -19,8 +19,9 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 from exporter import generate, merge, verify_manifest
 from exporter.demonstration import PAIR
 from exporter.errors import UsageError
-from exporter.graph import Bundle, export
+from exporter.graph.bundle import Bundle
 from exporter.graph.deployment import deployment_name
+from exporter.graph.export import export
 from exporter.graph.export import export as export_function
 from tests.graph.conftest import END, TinyModel, save_byte_tokenizer, tiny_model
 
@@ -61,7 +62,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 
 @pytest.fixture(scope="module")
 def bundles(model: TinyModel) -> list[Bundle]:
-    from exporter.graph import bundles_in
+    from exporter.graph.bundle import bundles_in
 
     beside = [model.directory.parent / name for name in ("int8", "int8-cuda")]
     return [bundle for place in (model.directory, *beside) for bundle in bundles_in(place)]

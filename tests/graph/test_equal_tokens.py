@@ -11,8 +11,9 @@ import torch
 
 import exporter
 from exporter.demonstration import PAIR
-from exporter.graph import Bundle, export
-from exporter.graph.quantize import ACCURACY_LEVEL
+from exporter.graph.bundle import Bundle
+from exporter.graph.components import ACCURACY_LEVEL
+from exporter.graph.export import export
 from exporter.runtime.text import load_tokenizer
 from tests.graph.conftest import END, save_byte_tokenizer, tiny_model, tokens
 from tests.graph.runtimes import clear_stretches, genai_tokens, optimum_tokens, plain_files, runner_tokens

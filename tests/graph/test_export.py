@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.errors import EnvironmentLacking, InputRefused, UsageError
-from exporter.graph import bundles_in, dequantized_weights, export, open_bundle
+from exporter.graph.bundle import bundles_in, open_bundle
+from exporter.graph.dequantize import dequantized_weights
+from exporter.graph.export import export
 from exporter.graph.weights import WEIGHTS
 from exporter.manifest import describe_file, read_manifest, write_stage
 from tests.graph.conftest import TinyModel, save_byte_tokenizer, tiny_model

@@ -10,7 +10,7 @@ import pytest
 from transformers import GPT2Config
 
 from exporter.errors import InputRefused
-from exporter.graph import export
+from exporter.graph.export import export
 from tests.graph.calls import Graph, one_row
 from tests.graph.conftest import TinyModel, tiny_model, tokens
 from tests.graph.test_gpt2_graph import OPTIONS

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from exporter.graph import export
+from exporter.graph.export import export
 from tests.graph.calls import Graph, one_row, padded
 from tests.graph.conftest import TinyModel, tiny_model, tokens
 

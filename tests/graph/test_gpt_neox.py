@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from exporter.errors import InputRefused
-from exporter.graph import dequantized_weights, export
+from exporter.graph.dequantize import dequantized_weights
+from exporter.graph.export import export
 from exporter.runtime.load import load
 from tests.graph.calls import Graph, one_row, padded
 from tests.graph.conftest import TinyModel, tokens

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from exporter.errors import InputRefused, UsageError
-from exporter.graph import Bundle, dequantized_weights, export
-from exporter.graph.quantize import ACCURACY_LEVEL
+from exporter.graph.bundle import Bundle
+from exporter.graph.components import ACCURACY_LEVEL
+from exporter.graph.dequantize import dequantized_weights
+from exporter.graph.export import export
 from exporter.graph.weights import WEIGHTS, Quantized, open_weights
 from exporter.parity.weights import read_values, within_step
 from exporter.runtime.load import load

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.graph import export
+from exporter.graph.export import export
 from tests.graph.conftest import END, TinyModel, save_byte_tokenizer, tiny_model
 
 NEW = 16

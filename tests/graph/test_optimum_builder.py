@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from transformers import OPTConfig, OPTForCausalLM
 
 from exporter.errors import EnvironmentLacking, InputRefused, UsageError
-from exporter.graph import export
+from exporter.graph.export import export
 from exporter.graph.optimum_builder import estimate_cost
 from exporter.runtime.load import load
-from exporter.sources.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from exporter.sources.checkpoint import Checkpoint, open_checkpoint
+from exporter.sources.tensors import TensorInfo
 from tests.graph.conftest import tokens
 from tests.notes import Notes
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from exporter.graph import Bundle, export
+from exporter.graph.bundle import Bundle
+from exporter.graph.export import export
 from exporter.runtime.load import load
 from tests.graph.conftest import END, TinyModel, llama_config, save_byte_tokenizer, tokens
 from tests.graph.runtimes import genai_tokens, optimum_tokens

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from exporter.errors import InputRefused
-from exporter.graph import export, optimum_builder, optimum_weights
+from exporter.graph import optimum_builder, optimum_weights
 from exporter.graph.bundle import Bundle, bundle_weights
+from exporter.graph.export import export
 from exporter.runtime.load import load
 from tests.graph.conftest import llama_config, tokens
 from tests.notes import Notes

@@ -16,8 +16,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 import exporter
-from exporter.graph import Bundle, dequantized_weights, export
-from exporter.graph.quantize import ACCURACY_LEVEL, quantize_blocks
+from exporter.graph.bundle import Bundle
+from exporter.graph.components import ACCURACY_LEVEL
+from exporter.graph.dequantize import dequantized_weights
+from exporter.graph.export import export
+from exporter.graph.quantize import quantize_blocks
 from exporter.graph.weights import WEIGHTS
 from exporter.runtime.load import load
 from exporter.sources.safetensors_file import read_header

@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
 from exporter.errors import InputRefused, UsageError
-from exporter.graph import Bundle, dequantized_weights, export
-from exporter.graph.bundle import bundle_weights
-from exporter.graph.quantize import ACCURACY_LEVEL, BLOCK, BLOCKS, pack, quantize_blocks
-from exporter.graph.weights import WEIGHTS, Quantized, unpack
+from exporter.graph.bundle import Bundle, bundle_weights
+from exporter.graph.components import ACCURACY_LEVEL
+from exporter.graph.dequantize import dequantized_weights, unpack
+from exporter.graph.export import export
+from exporter.graph.quantize import pack, quantize_blocks
+from exporter.graph.weights import BLOCK, BLOCKS, WEIGHTS, Quantized
 from exporter.runtime.load import load
 from tests.graph.conftest import TinyModel, tiny_model, tokens
 

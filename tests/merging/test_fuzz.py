@@ -24,7 +24,7 @@ import exporter
 from exporter.errors import ExporterError, InputRefused
 from exporter.sources import safetensors_file, torch_file
 from exporter.sources.checkpoint import open_checkpoint
-from exporter.sources.tensors import read_tensor
+from exporter.sources.values import read_tensor
 from tests.limits import TooLate, limits
 from tests.pairs import Pair, as_bin, gpt2_config, make_pair, peft_merge, save_base
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from exporter.files import sha256_file
-from exporter.graph import export
+from exporter.graph.export import export
 from exporter.merging.merge import merge
 from exporter.parity.bundle_check import Run
 from exporter.parity.documents import tokens_sha256

@@ -10,7 +10,7 @@ from transformers import GPT2LMHeadModel
 
 import exporter
 from exporter.demonstration import PAIR
-from exporter.graph import export
+from exporter.graph.export import export
 from exporter.merging.merge import merge
 from exporter.parity import graphs
 from exporter.parity.bundle_check import Run, _subject

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from exporter.errors import InputRefused
-from exporter.graph import export
+from exporter.graph.export import export
 from exporter.graph.weights import open_weights
 from exporter.merging.merge import merge
 from exporter.parity.bundles import Bundle

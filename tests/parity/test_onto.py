@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from exporter.errors import InputRefused
-from exporter.graph import export
+from exporter.graph.export import export
 from exporter.merging.merge import merge
 from exporter.parity import int8_base
 from exporter.parity.bases import BaseOptions, load_base, meta_model

@@ -11,7 +11,7 @@ import pytest
 from transformers import GPT2LMHeadModel
 
 from exporter.errors import InputRefused
-from exporter.graph import export
+from exporter.graph.export import export
 from exporter.manifest import describe_file
 from exporter.parity.bundles import open_bundle
 from exporter.parity.inputs import open_pair

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from exporter.errors import InputRefused
-from exporter.graph import export
+from exporter.graph.export import export
 from exporter.merging.merge import merge
 from exporter.parity.bundle_check import Run, verify_bundle
 from exporter.parity.bundles import open_bundle

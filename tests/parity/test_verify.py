@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.errors import EnvironmentLacking, InputRefused
-from exporter.graph import export
+from exporter.graph.export import export
 from exporter.parity import bundle_check, memory, models
 from exporter.parity.bundle_check import Run, verify_bundle
 from exporter.parity.bundles import open_bundle

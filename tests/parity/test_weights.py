@@ -135,7 +135,7 @@ def test_true_bundles_pass_and_every_merge_mutant_dies(made: Made, oracle: Oracl
 
 
 def test_a_mutant_that_equals_the_original_is_not_applicable_with_its_proof(tmp_path: Path) -> None:
-    from exporter.graph import export
+    from exporter.graph.export import export
     from exporter.merging.merge import merge
 
     model = write_base(tmp_path / "base", layers=1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from exporter import cli
-from exporter.graph import export
+from exporter.graph.export import export
 from exporter.merging.merge import merge
 from exporter.parity.documents import LEVELS, PACKAGED, LevelSize, read_rows
 from exporter.parity.gates import load_thresholds

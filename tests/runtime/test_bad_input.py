@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter import cli
-from exporter.graph import export
 from exporter.graph.config_values import ACTIVATIONS
+from exporter.graph.export import export
 from exporter.runtime.session import cuda_is_usable
 from tests.graph.conftest import save_byte_tokenizer, tiny_model
 from tests.pairs import edit_json

@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from exporter.graph import export
 from exporter.graph.config_values import ACTIVATIONS
+from exporter.graph.export import export
 from exporter.runtime.load import load
 from tests.graph.conftest import TinyModel, tiny_model, tokens
 from tests.graph.test_gpt2_graph import Graph, padded

@@ -9,7 +9,8 @@ import torch
 
 from exporter.errors import EnvironmentLacking, InputRefused
 from exporter.files import sha256_file
-from exporter.graph import export, open_bundle
+from exporter.graph.bundle import open_bundle
+from exporter.graph.export import export
 from exporter.runtime.load import load
 from exporter.runtime.memory import needed_memory
 from exporter.runtime.session import cuda_is_usable

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from exporter.errors import EnvironmentLacking, ParityFailed, UsageError
-from exporter.graph import export
+from exporter.graph.export import export
 from exporter.runtime.load import load
 from exporter.runtime.runner import Runner
 from exporter.runtime.sampling import Sampling

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from exporter.errors import InputRefused, UsageError
-from exporter.graph import export
+from exporter.graph.export import export
 from exporter.prompts import ALPACA, render_instruction
 from exporter.runtime.generate import generate, prompt_ids
 from exporter.runtime.load import load

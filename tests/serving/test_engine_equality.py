@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from exporter.demonstration import PAIR
-from exporter.graph import export
+from exporter.graph.export import export
 from exporter.runtime.load import load
 from exporter.runtime.runner import Runner
 from exporter.runtime.sampling import Sampling

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from exporter.errors import InputRefused
-from exporter.sources.checkpoint import open_checkpoint, read_tensor
+from exporter.sources.checkpoint import open_checkpoint
+from exporter.sources.values import read_tensor
 from tests.pairs import Pair, as_bin
 
 

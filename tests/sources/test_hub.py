@@ -20,8 +20,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from exporter.errors import EnvironmentLacking, InputRefused, UsageError
 from exporter.progress import Task
 from exporter.sources.adapter import open_adapter
-from exporter.sources.checkpoint import open_checkpoint, read_tensor
+from exporter.sources.checkpoint import open_checkpoint
 from exporter.sources.hub import Source, resolve
+from exporter.sources.values import read_tensor
 from tests.hub_server import Hub
 
 BASE, ADAPTER = "cerebras/tiny-gpt", "someone/tiny-alpaca"

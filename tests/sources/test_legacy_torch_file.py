@@ -14,8 +14,8 @@ from torch._utils import _rebuild_tensor_v2
 
 from exporter.errors import InputRefused
 from exporter.sources import legacy_torch_file
-from exporter.sources.tensors import read_tensor
 from exporter.sources.torch_file import read_header
+from exporter.sources.values import read_tensor
 
 MAGIC = legacy_torch_file.MAGIC
 MACHINE = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}

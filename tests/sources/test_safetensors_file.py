@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from exporter.errors import InputRefused
 from exporter.sources.safetensors_file import read_header
-from exporter.sources.tensors import read_rows, read_tensor
+from exporter.sources.values import read_rows, read_tensor
 
 TYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from exporter.errors import InputRefused
-from exporter.sources.tensors import read_rows, read_tensor
 from exporter.sources.torch_file import read_header
+from exporter.sources.values import read_rows, read_tensor
 
 
 def test_values_are_those_of_torch_load(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,15 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
+@lru_cache(maxsize=16)
+def _compiled(template: str) -> jinja2.Template:
+    return _environment().from_string(template)
+
+
 def render_here(template: str, variables: Mapping[str, Any]) -> str:
     """The text of a trusted template, in this process. RenderError if it is malformed or refuses its variables."""
     try:
-        text = _environment().from_string(template).render(**variables)
+        text = _compiled(template).render(**variables)
     except MemoryError as error:
         raise RenderError(f"it takes more than {MEMORY >> 20} MB") from error
     except Exception as error:  # a template may raise whatever the methods that it calls raise

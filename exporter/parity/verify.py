@@ -25,6 +25,7 @@ from exporter.parity.models import (
     TruthModels,
     base_scorer,
     load_reference,
+    older_objects_set_aside,
     parameter_count,
     reference_environment,
     release,
@@ -86,7 +87,8 @@ def verify(
     oracle = Oracle(pair.base, pair.weighted, onto)
     oracle.require_change()
     oracle.release()
-    with open_scratch(Path(scratch) if scratch else None, _facts(pair, tokens, onto)) as directory:
+    facts = _facts(pair, tokens, onto)
+    with older_objects_set_aside(), open_scratch(Path(scratch) if scratch else None, facts) as directory:
         store = LogitStore(directory, documents, pair.vocabulary)
         _announce(store, str(reference), opened, progress)
         source = _score_references(pair, store, str(reference), tokens, progress, onto, memory)

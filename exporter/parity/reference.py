@@ -26,6 +26,7 @@ from exporter.parity.statistics import PairTokens, Scored, compare, log_softmax,
 
 COVERED = 0.999
 LARGEST = 4096
+MASS = 1e-3  # off one, at most, by what float32 rounds
 FORMAT = "1"
 ABSENT = -60.0  # log p of a padding bucket on both sides: it adds nothing to any sum
 
@@ -155,10 +156,20 @@ def capture_store(
     adapter_files: dict[str, str],
     environment: dict[str, str],
 ) -> None:
-    """Write R's logits of `store` as a capture file (safetensors; the facts are JSON in its metadata)."""
+    """Write R's logits of `store` as a capture file (safetensors; the facts are JSON in its metadata).
+
+    InputRefused where R gave no numbers: there is nothing to compare with then.
+    """
     ids, log_p, counts, tail = [], [], [], []
     for document in store.documents:
-        for row in log_softmax(store.read("R", document)):
+        logits = store.read("R", document)
+        if not np.isfinite(logits).all():
+            raise InputRefused(
+                f"the 8-bit model gives NaN or infinity for document {document.index}",
+                expected="finite logits",
+                todo="check the base's weights: exporter inspect",
+            )
+        for row in log_softmax(logits):
             order = np.argsort(-row, kind="stable")[:LARGEST]
             count = min(len(order), int(np.searchsorted(np.cumsum(np.exp(row[order])), COVERED)) + 1)
             ids.append(order[:count].astype(np.int32))
@@ -214,8 +225,7 @@ def read_capture(path: Path) -> Capture:
                 facts["environment"],
                 hashlib.sha256(path.read_bytes()).hexdigest(),
             )
-        if int(capture.counts.sum()) != len(capture.ids) or len(capture.tail) != len(capture.counts):
-            raise ValueError("the counts do not fit the tokens")
+        _check_distributions(capture)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise InputRefused(
             f"{path} is not a reference that this version reads ({error})",
@@ -223,6 +233,27 @@ def read_capture(path: Path) -> Capture:
             todo="capture it again",
         ) from error
     return capture
+
+
+def _check_distributions(capture: Capture) -> None:
+    """ValueError unless each position holds one distribution over the vocabulary."""
+    ids, counts = capture.ids, capture.counts
+    lists = (("ids", ids, np.integer), ("counts", counts, np.integer), ("log_p", capture.log_p, np.floating))
+    for name, values, kind in (*lists, ("tail", capture.tail, np.floating)):
+        if values.ndim != 1 or not np.issubdtype(values.dtype, kind) or not np.isfinite(values).all():
+            raise ValueError(f"{name} is no list of {'finite ' if kind is np.floating else 'whole '}numbers")
+    if not len(counts) or counts.min() < 1 or int(counts.sum(dtype=np.int64)) != len(ids):
+        raise ValueError("the counts do not fit the tokens")
+    if len(capture.log_p) != len(ids) or len(capture.tail) != len(counts):
+        raise ValueError("the probabilities do not fit the tokens")
+    if ids.min() < 0 or ids.max() >= capture.vocabulary:
+        raise ValueError(f"a token is not among the {capture.vocabulary} of the vocabulary")
+    position = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+    if len(np.unique(position * capture.vocabulary + ids)) != len(ids):
+        raise ValueError("a position lists a token twice")
+    mass = np.bincount(position, np.exp(capture.log_p.astype(np.float64))) + np.exp(capture.tail.astype(np.float64))
+    if not (np.abs(mass - 1) < MASS).all():
+        raise ValueError("the probabilities of a position do not sum to one")
 
 
 def _check_facts(facts: Any) -> None:
@@ -234,9 +265,15 @@ def _check_facts(facts: Any) -> None:
 
 
 def check_capture(
-    capture: Capture, *, tokens_sha256: str, base_files: dict[str, str], adapter_files: dict[str, str]
+    capture: Capture,
+    *,
+    tokens_sha256: str,
+    base_files: dict[str, str],
+    adapter_files: dict[str, str],
+    rows: int,
+    vocabulary: int,
 ) -> None:
-    """InputRefused unless the capture is of this base, these adapters and these tokens."""
+    """InputRefused unless the capture is of this base, these adapters and these tokens, with so many scored `rows`."""
     for what, seen, expected in (
         ("base", capture.base_files, base_files),
         ("adapter", capture.adapter_files, adapter_files),
@@ -248,6 +285,12 @@ def check_capture(
             "the reference was captured on other tokens",
             expected="the same prompts, level, tokenizer and chat template",
             todo="capture it again with the prompts and the level of this run",
+        )
+    if (len(capture.counts), capture.vocabulary) != (rows, vocabulary):
+        raise InputRefused(
+            f"the reference has {len(capture.counts)} positions over {capture.vocabulary} tokens",
+            expected=f"{rows} positions over {vocabulary}, as its prompts give",
+            todo="the file was changed: capture it again",
         )
 
 

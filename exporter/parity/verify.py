@@ -169,7 +169,14 @@ def _score_references(
         source = LiveReference(store, reference_environment() | {OUTLIERS: outliers.read_text()})
     else:
         captured = read_capture(Path(reference))
-        check_capture(captured, tokens_sha256=tokens, base_files=pair.base_files, adapter_files=pair.adapter_files)
+        check_capture(
+            captured,
+            tokens_sha256=tokens,
+            base_files=pair.base_files,
+            adapter_files=pair.adapter_files,
+            rows=store.rows,
+            vocabulary=store.vocabulary,
+        )
         source = CapturedReference(captured, store.documents)
     for one in _fp32_models(pair, BaseOptions(onto, pair.rows)):
         score_fp32(store, one, memory, progress)

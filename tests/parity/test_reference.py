@@ -1,14 +1,18 @@
 """The captured reference: what it keeps is enough, and another model's or other tokens' file is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from exporter.errors import InputRefused
 from exporter.parity.documents import Document
 from exporter.parity.reference import (
+    Capture,
     CapturedReference,
     LiveReference,
     capture_store,
@@ -92,14 +96,87 @@ def test_a_nan_of_the_other_side_stays_marked(store: LogitStore, tmp_path: Path)
     assert np.flatnonzero(~pair.finite).tolist() == [2]
 
 
-@pytest.mark.parametrize(("key", "said"), [("tokens_sha256", "other tokens"), ("base_files", "another base")])
+OTHER = {"tokens_sha256": "x", "base_files": {"m": "9"}, "adapter_files": {"a": "9"}, "rows": 3, "vocabulary": V + 1}
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("tokens_sha256", "other tokens"),
+        ("base_files", "another base"),
+        ("adapter_files", "another adapter"),
+        ("rows", "positions over"),
+        ("vocabulary", "positions over"),
+    ],
+)
 def test_another_runs_file_is_refused(store: LogitStore, tmp_path: Path, key: str, said: str) -> None:
     captured(store, tmp_path / "r.safetensors")
     capture = read_capture(tmp_path / "r.safetensors")
-    check_capture(capture, **FACTS)
-    changed: dict[str, Any] = FACTS | {key: "x" if key == "tokens_sha256" else {"m": "9"}}
+    expected = FACTS | {"rows": store.rows, "vocabulary": V}
+    check_capture(capture, **expected)
     with pytest.raises(InputRefused, match=said):
-        check_capture(capture, **changed)
+        check_capture(capture, **expected | {key: OTHER[key]})
+
+
+def test_a_reference_without_numbers_is_not_captured(store: LogitStore, tmp_path: Path) -> None:
+    class Broken(Fixed):
+        def logits(self, token_ids, /) -> np.ndarray:
+            logits = super().logits(token_ids)
+            logits[-2, 4] = np.nan
+            return logits
+
+    store.drop("R")
+    store.score("R", Broken(0))
+    with pytest.raises(InputRefused, match="NaN or infinity for document 0"):
+        captured(store, tmp_path / "r.safetensors")
+    assert not (tmp_path / "r.safetensors").exists()
+
+
+def broken(capture: Capture, defect: str) -> Capture:
+    ids, log_p, counts = capture.ids.copy(), capture.log_p.copy(), capture.counts.copy()
+    match defect:
+        case "a token beyond the vocabulary":
+            ids[3] = V
+        case "a negative token":
+            ids[3] = -1
+        case "a token twice":
+            ids[1] = ids[0]
+        case "NaN":
+            log_p[5] = np.nan
+        case "no distribution":
+            log_p[0] += 0.1
+        case "an empty position":
+            counts[:2] = 0, counts[0] + counts[1]
+        case "a token without a position":
+            ids, log_p = np.append(ids, 7).astype(np.int32), np.append(log_p, -30).astype(np.float32)
+        case "more probabilities than tokens":
+            log_p = np.append(log_p, -30).astype(np.float32)
+    return replace(capture, ids=ids, log_p=log_p, counts=counts)
+
+
+@pytest.mark.parametrize(
+    "defect",
+    [
+        "a token beyond the vocabulary",
+        "a negative token",
+        "a token twice",
+        "NaN",
+        "no distribution",
+        "an empty position",
+        "a token without a position",
+        "more probabilities than tokens",
+    ],
+)
+def test_values_that_are_no_distributions_are_refused(store: LogitStore, tmp_path: Path, defect: str) -> None:
+    path = tmp_path / "r.safetensors"
+    captured(store, path)
+    with safe_open(path, "np") as file:
+        metadata = file.metadata()
+    wrong = broken(read_capture(path), defect)
+    tensors = {name: getattr(wrong, name) for name in ("ids", "log_p", "counts", "tail")}
+    save_file(tensors, path, metadata)
+    with pytest.raises(InputRefused, match="not a reference"):
+        read_capture(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])

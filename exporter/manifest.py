@@ -65,6 +65,12 @@ def write_stage(directory: Path, stage: str, section: dict[str, Any]) -> None:
     write_atomically(directory / MANIFEST, manifest_bytes(manifest["stages"]))
 
 
+def remove_stage(directory: Path, stage: str) -> None:
+    """Replace the manifest by one without `stage`."""
+    stages = (read_manifest(directory) or {"stages": {}})["stages"]
+    write_atomically(directory / MANIFEST, manifest_bytes({name: one for name, one in stages.items() if name != stage}))
+
+
 def manifest_bytes(stages: Mapping[str, Any]) -> bytes:
     return (json.dumps({"format": FORMAT, "stages": stages}, indent=1, sort_keys=True) + "\n").encode()
 

@@ -18,12 +18,8 @@ from exporter.sources.unchanged import Stamp, require_unchanged, watch_all
 from exporter.spec import (
     AdapterSpec,
     BaseSpec,
-    ExportSpec,
-    MergeSpec,
     OutputSpec,
-    PromptSpec,
     Spec,
-    VerifySpec,
     read_spec,
 )
 
@@ -72,15 +68,17 @@ def run(
     base: str | Path | None = None,
     adapter: str | Path | Sequence[str | Path] | None = None,
     out: str | Path | None = None,
-    precision: Sequence[str] = (NATIVE,),
-    target: Sequence[str] = ("cpu",),
+    precision: Sequence[str] = (),
+    target: Sequence[str] = (),
     template: str | None = None,
-    level: str = "commit",
+    level: str | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> RunResult:
     """Merge, export, verify and report, as `spec` (a TOML file) or the keywords say.
 
+    Beside a spec, `out`, `precision`, `target`, `template` and `level` count in place of what it says; without one
+    they are native, cpu, the adapter's or base's template, and commit.
     Raises what the first failing stage raises; a verdict that is not PASS is returned, with its exit code.
     """
     wanted = _as_spec(spec, base, adapter, out, precision, target, template, level)
@@ -98,25 +96,43 @@ def _as_spec(
     precision: Sequence[str],
     target: Sequence[str],
     template: str | None,
-    level: str,
+    level: str | None,
 ) -> Spec:
     if spec is not None:
         if base is not None or adapter is not None:
             raise UsageError("both a spec and --base or --adapter", expected="one of the two")
-        wanted = spec if isinstance(spec, Spec) else read_spec(Path(spec))
-        return wanted if out is None else wanted.model_copy(update={"output": OutputSpec(dir=str(out))})
+        read = spec if isinstance(spec, Spec) else read_spec(Path(spec))
+        return _replaced(read, out, precision, target, template, level)
     if base is None or adapter is None or out is None:
         raise UsageError("no spec", expected="a SPEC.toml, or --base, --adapter and --out")
     adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter)
-    return Spec(
+    plain = Spec(
         base=BaseSpec(source=str(base)),
         adapter=tuple(AdapterSpec(source=str(one)) for one in adapters),
-        merge=MergeSpec(),
-        prompt=PromptSpec(template=template),
-        export=ExportSpec.model_validate({"precisions": tuple(precision), "targets": tuple(target)}),
-        verify=VerifySpec.model_validate({"level": level}),
         output=OutputSpec(dir=str(out)),
     )
+    return _replaced(plain, None, precision, target, template, level)
+
+
+def _replaced(
+    spec: Spec,
+    out: str | Path | None,
+    precision: Sequence[str],
+    target: Sequence[str],
+    template: str | None,
+    level: str | None,
+) -> Spec:
+    """The spec with what was given in its place."""
+    given: dict[str, dict[str, Any]] = {
+        "output": {"dir": None if out is None else str(out)},
+        "export": {"precisions": tuple(precision), "targets": tuple(target)},
+        "prompt": {"template": template},
+        "verify": {"level": level},
+    }
+    table = spec.model_dump()
+    for name, values in given.items():
+        table[name] |= {key: value for key, value in values.items() if value}
+    return Spec.model_validate(table)
 
 
 def _refuse_foreign_directory(directory: Path, force: bool) -> None:
@@ -124,6 +140,12 @@ def _refuse_foreign_directory(directory: Path, force: bool) -> None:
         return
     if not directory.is_dir():
         raise UsageError(f"{directory} is a file", expected="a directory", todo="choose another --out")
+    if (directory / "config.json").exists():
+        raise UsageError(
+            f"{directory} is a model's own directory",
+            expected="a directory for all that a run makes",
+            todo="choose another --out",
+        )
     if read_manifest(directory) is None and not _is_begun(directory):
         raise UsageError(
             f"{directory} holds something else",
@@ -164,7 +186,7 @@ class _Run:
         outcomes = [self._merge(base, adapters)]
         bundles = []
         for precision in self.spec.export.precisions:
-            for target in self.spec.export.targets:
+            for target in sorted(self.spec.export.targets):  # cpu first: it decides on the files that both list
                 bundles.append(bundle_directory(self.directory, precision, target))
                 outcomes.append(self._export(precision, target))
         outcomes.append(self._verify(base, adapters, bundles))

@@ -59,12 +59,14 @@ def render_chat(
     *,
     add_generation_prompt: bool = True,
     special_tokens: Mapping[str, str] | None = None,
+    today: str | None = None,
 ) -> str:
     """The text that `messages` become: the bytes of transformers' `apply_chat_template(tokenize=False)`.
 
     `special_tokens` are the names a template may use (`bos_token`, ...; see `special_tokens`). The text already holds
     every special token: encode it with `add_special_tokens=False`. InputRefused if the template is malformed, does
-    something that the sandbox forbids, takes too much time or memory, or refuses the messages.
+    something that the sandbox forbids, takes too much time or memory, or refuses the messages. `today` (ISO) is what a
+    template is told that asks for the date; default: the clock's.
     """
     if not messages:
         raise InputRefused("the chat has no message", expected="at least one message with the role user")
@@ -75,7 +77,7 @@ def render_chat(
     }
     render = render_here if template in TEMPLATES.values() else render_apart
     try:
-        return render(template, variables)
+        return render(template, variables, today)
     except RenderError as error:
         raise InputRefused(
             f"the chat template refuses these messages: {error}",
@@ -84,13 +86,28 @@ def render_chat(
         ) from error
 
 
+def takes_input(template: str, *, special_tokens: Mapping[str, str] | None = None) -> bool:
+    """True if the template has a place for an input beside the instruction."""
+    message = {"role": "user", "content": "instruction"}
+    with_input, without = (
+        render_chat(template, [one], special_tokens=special_tokens) for one in (message | {"input": "input"}, message)
+    )
+    return with_input != without
+
+
 def render_instruction(
-    template: str, instruction: str, input: str = "", *, special_tokens: Mapping[str, str] | None = None
+    template: str,
+    instruction: str,
+    input: str = "",
+    *,
+    special_tokens: Mapping[str, str] | None = None,
+    today: str | None = None,
 ) -> str:
     """The prompt for one instruction and its optional input. InputRefused if the template would lose the input."""
     message = {"role": "user", "content": instruction}
-    text = render_chat(template, [message | {"input": input} if input else message], special_tokens=special_tokens)
-    if input and text == render_chat(template, [message], special_tokens=special_tokens):
+    asked = message | {"input": input} if input else message
+    text = render_chat(template, [asked], special_tokens=special_tokens, today=today)
+    if input and text == render_chat(template, [message], special_tokens=special_tokens, today=today):
         raise InputRefused(
             "this chat template has no place for an input",
             expected="a template that reads the message's key `input`, as alpaca does",

@@ -21,9 +21,9 @@ def parse_size(value: object) -> int:
     if isinstance(value, str):
         text = value.strip()
         unit = next((unit for unit in sorted(UNITS, key=len, reverse=True) if text.endswith(unit)), "")
-        number = float(text.removesuffix(unit))
-        if 0 < number < float("inf"):
-            return int(number * UNITS.get(unit, 1))
+        size = float(text.removesuffix(unit)) * UNITS.get(unit, 1)
+        if 0 < size < float("inf"):
+            return int(size)
     raise ValueError(f"{value!r} is not a size such as 5GB or 512MiB")
 
 

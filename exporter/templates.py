@@ -79,10 +79,14 @@ def _compiled(template: str) -> jinja2.Template:
     return _environment().from_string(template)
 
 
-def render_here(template: str, variables: Mapping[str, Any]) -> str:
-    """The text of a trusted template, in this process. RenderError if it is malformed or refuses its variables."""
+def render_here(template: str, variables: Mapping[str, Any], today: str | None = None) -> str:
+    """The text of a trusted template, in this process. RenderError if it is malformed or refuses its variables.
+
+    today: the ISO date or time that `strftime_now` gives, in place of the clock's.
+    """
+    now = {} if today is None else {"strftime_now": datetime.fromisoformat(today).strftime}
     try:
-        text = _compiled(template).render(**variables)
+        text = _compiled(template).render(**variables, **now)
     except MemoryError as error:
         raise RenderError(f"it takes more than {MEMORY >> 20} MB") from error
     except Exception as error:  # a template may raise whatever the methods that it calls raise
@@ -92,10 +96,10 @@ def render_here(template: str, variables: Mapping[str, Any]) -> str:
     return text
 
 
-def render_apart(template: str, variables: Mapping[str, Any]) -> str:
+def render_apart(template: str, variables: Mapping[str, Any], today: str | None = None) -> str:
     """The text of an untrusted template, from the worker. RenderError as above, and beyond SECONDS or MEMORY."""
     try:
-        line = json.dumps({"template": template, "variables": dict(variables)})
+        line = json.dumps({"template": template, "variables": dict(variables), "today": today})
     except (TypeError, ValueError, RecursionError) as error:
         raise RenderError(f"the messages are not JSON: {error}") from error
     reply = _WORKER.ask(line.encode())
@@ -174,7 +178,7 @@ def _serve() -> None:
     for line in sys.stdin.buffer:
         try:
             request = json.loads(line)
-            reply = {"text": render_here(request["template"], request["variables"])}
+            reply = {"text": render_here(request["template"], request["variables"], request["today"])}
         except RenderError as error:
             reply = {"error": str(error)}
         out.write(json.dumps(reply).encode() + b"\n")

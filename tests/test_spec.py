@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from exporter.errors import InputRefused
+from exporter.errors import InputRefused, UsageError
+from exporter.pipeline import _as_spec, run
 from exporter.spec import parse_size, read_spec
 
 WHOLE = """
@@ -70,3 +71,25 @@ def test_the_first_users_recipe_is_a_spec() -> None:
     spec = read_spec(Path(__file__).parents[1] / "recipes/gpt-6.7b-alpaca.toml")
     assert spec.base.source == "cerebras/Cerebras-GPT-6.7B"
     assert spec.export.precisions == ("native", "int8", "int4")
+
+
+def test_options_count_before_the_spec(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(WHOLE)
+    path = tmp_path / "run.toml"
+    same = _as_spec(path, None, None, None, (), (), None, None)
+    assert same == read_spec(path)
+    other = _as_spec(path, None, None, "elsewhere", ("int4",), ("cuda",), "alpaca", "release")
+    assert (other.export.precisions, other.export.targets) == (("int4",), ("cuda",))
+    assert (other.prompt.template, other.verify.level, other.output.dir) == ("alpaca", "release", "elsewhere")
+    assert (other.base, other.adapter, other.merge) == (same.base, same.adapter, same.merge)
+
+
+def test_a_model_is_no_place_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="a model's own directory"):
+        run(base="b", adapter="a", out=tmp_path)
+
+
+def test_a_size_beyond_all_numbers_is_no_size() -> None:
+    with pytest.raises(ValueError, match="not a size"):
+        parse_size("1e300TB")

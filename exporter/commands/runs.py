@@ -28,23 +28,23 @@ def run(
     precision: Annotated[list[Precision] | None, typer.Option(help="Repeat for several; default native.")] = None,
     target: Annotated[list[Target] | None, typer.Option(help="Repeat for several; default cpu.")] = None,
     template: TemplateOption = None,
-    level: Level = Level.commit,
+    level: Annotated[Level | None, typer.Option(help="How much of the prompts verify uses; default commit.")] = None,
     force: Annotated[bool, typer.Option(help="Redo every stage, and replace what the directory holds.")] = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Merge, export, verify and report. What is done and still true is skipped."""
+    """Merge, export, verify and report. What is done and still true is skipped. Options count before the spec."""
     progress = start(quiet, verbose)
     result = exporter.run(
         spec,
         base=base,
         adapter=adapter or None,
         out=out,
-        precision=precision or ("native",),
-        target=target or ("cpu",),
+        precision=precision or (),
+        target=target or (),
         template=template,
-        level=level.value,
+        level=None if level is None else level.value,
         force=force,
         progress=progress,
     )

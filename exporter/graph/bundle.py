@@ -14,6 +14,7 @@ from exporter.sources.own_files import require_own_files
 GRAPHS = {"cpu": "model.onnx", "cuda": "model_cuda.onnx"}
 GENAI_CONFIG = "genai_config.json"
 STAGE = "export-"
+KEYS = {"precision", "target", "graph"}  # a run's own manifest has sections of the same names without any of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ def bundles_in(directory: Path) -> list[Bundle]:
     manifest = read_manifest(directory) if directory.is_dir() else None
     found = []
     for stage, section in sorted((manifest or {"stages": {}})["stages"].items()):
-        if stage.startswith(STAGE):
+        if stage.startswith(STAGE) and (not isinstance(section, dict) or KEYS & section.keys()):
             try:
                 bundle = Bundle(directory, section["precision"], section["target"], directory / section["graph"])
             except (KeyError, TypeError) as error:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.errors import UsageError
-from exporter.graph.adapters import SUFFIX, RuntimeAdapter
+from exporter.graph.adapters import SUFFIX, TEMPLATE_SUFFIX, RuntimeAdapter
 from exporter.graph.builder import is_ours
 from exporter.graph.bundle import GENAI_CONFIG, GRAPHS, STAGE, Bundle
 from exporter.graph.companions import COMPANIONS
@@ -29,7 +29,7 @@ def refuse_foreign_adapters(
 ) -> None:
     """An adapter's file of this name that no export lists is somebody else's."""
     stages = (manifest or {"stages": {}})["stages"]
-    listed = {name for stage, section in stages.items() if stage.startswith(STAGE) for name in section["files"]}
+    listed = {name for stage, section in stages.items() if stage.startswith(STAGE) for name in section.get("files", {})}
     for adapter in adapters:
         path = bundle.directory / adapter.file
         if path.exists() and path.name not in listed and not force:
@@ -46,7 +46,7 @@ def refuse_foreign_directory(directory: Path, stage: str, *, force: bool) -> Non
         return
     others = {entry.name for entry in directory.iterdir() if not entry.name.startswith(".")}
     stages = (read_manifest(directory) or {"stages": {}})["stages"]
-    adapters = {name for name in others if name.endswith(SUFFIX)}
+    adapters = {name for name in others if name.endswith((SUFFIX, TEMPLATE_SUFFIX))}
     unfinished = WEIGHTS in others and others - adapters <= {WEIGHTS, GENAI_CONFIG, *GRAPHS.values(), *COMPANIONS}
     ours = bool(stages) and all(stage.startswith(STAGE) for stage in stages)
     if others and not ours and not unfinished:

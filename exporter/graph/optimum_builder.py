@@ -1,20 +1,23 @@
 """Architectures without a builder of their own: optimum's exporter, which loads, traces and copies the whole model."""
 
+import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from exporter.errors import EnvironmentLacking, ExporterError, InputRefused, UsageError
+from exporter.errors import EnvironmentLacking, ExporterError, InputRefused, UsageError, lacking
 from exporter.files import human_bytes, lock_directory, publish, require_free_space
 from exporter.graph.bundle import GRAPHS, Bundle
 from exporter.graph.companions import companions
 from exporter.graph.free_memory import free_main_memory
 from exporter.graph.optimum_weights import Placed, place_weights
-from exporter.graph.provenance import merged_onto, provenance
+from exporter.graph.provenance import merge_facts, provenance
 from exporter.graph.weights import WEIGHTS
-from exporter.manifest import MANIFEST, describe_file, read_manifest, versions, write_stage
+from exporter.manifest import describe_file, read_manifest, versions, write_stage
 from exporter.progress import SILENT, Progress
 from exporter.sources.checkpoint import Checkpoint
 from exporter.sources.tensors import FLOATS
@@ -34,7 +37,8 @@ def export_with_optimum(
     """A float32 bundle in `out`/optimum/. EnvironmentLacking without optimum, InputRefused where optimum refuses."""
     _require_optimum()
     directory = out / "optimum"
-    if directory.is_dir() and any(directory.iterdir()) and read_manifest(directory) is None and not force:
+    others = [one for one in directory.iterdir() if not one.name.startswith(".")] if directory.is_dir() else []
+    if others and read_manifest(directory) is None and not force:
         raise UsageError(f"{directory} holds something else", todo="choose another --out, or give --force")
     cost = estimate_cost(checkpoint)
     _require_memory(cost)
@@ -42,6 +46,7 @@ def export_with_optimum(
     require_free_space(out, DISK_FACTOR * checkpoint.nbytes, "exporting with optimum")
     with (
         lock_directory(directory),
+        _without_leftovers(directory),
         tempfile.TemporaryDirectory(prefix=".optimum.", suffix=".partial", dir=directory) as scratch,
         progress.task(f"optimum exports {checkpoint.directory.name}", 1) as task,
     ):
@@ -51,7 +56,6 @@ def export_with_optimum(
         for name, data in companions(checkpoint.directory).items():
             (Path(scratch) / name).write_bytes(data)
         files = sorted(file for file in Path(scratch).iterdir() if file.is_file() and not _is_traced(file))
-        (directory / MANIFEST).unlink(missing_ok=True)
         for stale in filter(_is_traced, directory.iterdir()):  # of an export that left the weights there
             stale.unlink()
         for file in files:
@@ -73,7 +77,7 @@ def export_with_optimum(
             "provenance": provenance(checkpoint.directory, manifest),
             "source": {file.name: describe_file(file)["sha256"] for file in checkpoint.files},
             "versions": versions(),
-        } | merged_onto(manifest)
+        } | merge_facts(manifest)
         write_stage(directory, bundle.stage, section)
         task.advance()
     return bundle
@@ -121,6 +125,14 @@ def _require_optimum() -> None:
         ) from error
 
 
+@contextmanager
+def _without_leftovers(directory: Path) -> Iterator[None]:
+    """What an export that was killed had left half-made, several times the model's size, is removed first."""
+    for left in directory.glob(".optimum.*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+    yield
+
+
 def _trace(checkpoint: Path, output: Path) -> None:
     from optimum.exporters.onnx import main_export
 
@@ -130,7 +142,9 @@ def _trace(checkpoint: Path, output: Path) -> None:
             main_export(str(checkpoint), output=output, task=TASK, dtype="fp32", device="cpu", do_validation=False)
     except ExporterError:
         raise
-    except Exception as error:  # whatever optimum, transformers or torch raise means the same: it cannot be traced
+    except Exception as error:  # whatever else optimum, transformers or torch raise means that it cannot be traced
+        if short := lacking(error):
+            raise short from error
         first_line = (str(error).strip().splitlines() or [""])[0][:300]
         raise InputRefused(
             f"optimum cannot export {checkpoint}: {type(error).__name__}: {first_line}",

@@ -14,7 +14,10 @@ def provenance(directory: Path, manifest: dict[str, Any] | None) -> str:
     return "merge" if hold else "unknown"
 
 
-def merged_onto(manifest: dict[str, Any] | None) -> dict[str, Any]:
-    """What the merge added to, which `verify` of a bundle that stands alone must know; empty without a merge."""
+def merge_facts(manifest: dict[str, Any] | None) -> dict[str, Any]:
+    """What `verify` of a bundle that stands alone must know of its merge: what it added to and what it rounded to.
+
+    Empty without a merge.
+    """
     request = ((manifest or {"stages": {}})["stages"].get("merge") or {}).get("request") or {}
-    return {"onto": request["onto"]} if "onto" in request else {}
+    return {name: request[key] for name, key in (("onto", "onto"), ("merge_dtype", "dtype")) if key in request}

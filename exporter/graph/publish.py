@@ -9,11 +9,12 @@ from exporter.graph.adapters import SUFFIX, TEMPLATE_SUFFIX, RuntimeAdapter, ada
 from exporter.graph.architectures import build_model
 from exporter.graph.builder import OPSET, exporter_version, serialize
 from exporter.graph.bundle import GENAI_CONFIG, GRAPHS, Bundle, bundles_in
+from exporter.graph.companions import COMPANIONS
 from exporter.graph.components import ACCURACY_LEVEL
 from exporter.graph.decoder import Decoder
 from exporter.graph.genai_config import genai_config
 from exporter.graph.weights import Weight
-from exporter.manifest import describe_file, file_is_unchanged, read_manifest, versions, write_stage
+from exporter.manifest import describe_file, file_is_unchanged, read_manifest, remove_stage, versions, write_stage
 
 
 def write_graph(
@@ -60,23 +61,37 @@ def bundle_section(bundle: Bundle, weights: dict[str, dict[str, Any]], facts: di
 
 
 def publish_section(bundle: Bundle, section: dict[str, Any]) -> None:
-    """Write the manifest's section; a file that it took over is no longer listed under another target."""
-    earlier = (read_manifest(bundle.directory) or {"stages": {}})["stages"].get(bundle.stage, {})
+    """Write the manifest's section.
+
+    A file that it took over is no longer listed under another target, and a bundle whose graph or weights it wrote over
+    is gone.
+    """
+    earlier = (read_manifest(bundle.directory) or {"stages": {}})["stages"].get(bundle.stage, {}).get("files", {})
     for other in bundles_in(bundle.directory):
+        if other.stage == bundle.stage:
+            continue
         listed = other.section
-        if other.stage != bundle.stage and GENAI_CONFIG in section["files"] and GENAI_CONFIG in listed["files"]:
+        if _is_written_over(listed["files"], section["files"]):
+            earlier = {**listed["files"], **earlier}
+            remove_stage(bundle.directory, other.stage)
+        elif GENAI_CONFIG in section["files"] and GENAI_CONFIG in listed["files"]:
             del listed["files"][GENAI_CONFIG]
             write_stage(bundle.directory, other.stage, listed)
     write_stage(bundle.directory, bundle.stage, section)
-    _remove_dropped_adapters(bundle.directory, earlier.get("files", {}))
+    _remove_dropped(bundle.directory, earlier)
 
 
-def _remove_dropped_adapters(directory: Path, earlier: Mapping[str, dict[str, Any]]) -> None:
-    """Adapters and templates that the export before wrote, unchanged since, and that no section lists any more."""
+def _is_written_over(listed: Mapping[str, dict[str, Any]], now: Mapping[str, dict[str, Any]]) -> bool:
+    pairs = ((listed[name].get("sha256"), now[name]["sha256"]) for name in listed.keys() & now.keys() - {GENAI_CONFIG})
+    return any(one != other for one, other in pairs if one and other)  # unread weights have no hash
+
+
+def _remove_dropped(directory: Path, earlier: Mapping[str, dict[str, Any]]) -> None:
+    """Small files that the export before wrote, unchanged since, and that no section lists any more."""
     stages = (read_manifest(directory) or {"stages": {}})["stages"]
     listed = {name for section in stages.values() for name in section.get("files", {})}
     for name, entry in earlier.items():
         path = directory / name
-        dropped = name not in listed and name.endswith((SUFFIX, TEMPLATE_SUFFIX)) and path.parent == directory
-        if dropped and file_is_unchanged(path, entry):
+        is_small = name in COMPANIONS or name.endswith((SUFFIX, TEMPLATE_SUFFIX))
+        if name not in listed and is_small and path.parent == directory and file_is_unchanged(path, entry):
             path.unlink()

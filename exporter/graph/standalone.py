@@ -14,7 +14,7 @@ from exporter.graph.companions import companions
 from exporter.graph.components import ACCURACY_LEVEL
 from exporter.graph.decoder import MATRICES, Decoder, decoder_weights
 from exporter.graph.foreign import refuse_foreign_directory
-from exporter.graph.provenance import merged_onto, provenance
+from exporter.graph.provenance import merge_facts, provenance
 from exporter.graph.publish import bundle_section, publish_section, write_graph
 from exporter.graph.quantized_file import Stored, bits_per_weight, write_weights
 from exporter.graph.weights import WEIGHTS, open_weights
@@ -43,7 +43,7 @@ def export_converted(
     bundle = Bundle(directory, precision, target, directory / GRAPHS[target])
     stored = _storage(read_decoder(checkpoint.config), checkpoint, precision, block_size)
     manifest = read_manifest(checkpoint.directory)
-    facts = {"provenance": provenance(checkpoint.directory, manifest)} | merged_onto(manifest)
+    facts = {"provenance": provenance(checkpoint.directory, manifest)} | merge_facts(manifest)
     small = companions(checkpoint.directory)
     return write_bundle(bundle, checkpoint, stored, small, facts, adapters=adapters, force=force, progress=progress)
 

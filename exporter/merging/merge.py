@@ -17,7 +17,7 @@ from exporter.files import (
 )
 from exporter.merging.account import merge_section
 from exporter.merging.card import small_files
-from exporter.merging.changes import LowRank
+from exporter.merging.changes import AddVector, LowRank, PeftLayer, ReplaceRows, WeightDecomposed
 from exporter.merging.delta import read_factors
 from exporter.merging.journal import Journal
 from exporter.merging.layout import ShardLayout, Slot, lay_out
@@ -174,7 +174,7 @@ def refuse_zero_factors(plan: MergePlan) -> None:
     """An adapter whose B is zero everywhere changes nothing: it was never trained, or it was saved wrongly."""
     for adapter, _ in plan.adapters:
         changes = [c for t in plan.changed for c in t.changes if isinstance(c, LowRank) and c.down.file == adapter.file]
-        if len(changes) < sum(len(t.changes) or 1 for t in plan.changed if _is_of(t, adapter.file)):
+        if any(_does_more(tensor, adapter.file) for tensor in plan.changed):
             continue  # something else than plain LoRA: what it changes is seen when it is written
         if not any(down.any() and up.any() for down, up in map(read_factors, changes)):
             raise InputRefused(
@@ -184,8 +184,22 @@ def refuse_zero_factors(plan: MergePlan) -> None:
             )
 
 
-def _is_of(tensor: OutputTensor, file: Path) -> bool:
-    return tensor.source.file == file or any(not isinstance(c, LowRank) or c.down.file == file for c in tensor.changes)
+def _does_more(tensor: OutputTensor, file: Path) -> bool:
+    """True if the adapter in `file` does something else to the tensor than to add B A."""
+    others = (change for change in tensor.changes if not isinstance(change, LowRank))
+    return tensor.source.file == file or any(_file_of(change) == file for change in others)
+
+
+def _file_of(change: WeightDecomposed | AddVector | ReplaceRows | PeftLayer) -> Path:
+    match change:
+        case WeightDecomposed():
+            return change.magnitude.file
+        case AddVector():
+            return change.vector.file
+        case ReplaceRows():
+            return change.values.file
+        case PeftLayer():
+            return next(iter(change.tensors.values())).file
 
 
 def _write(

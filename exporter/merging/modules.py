@@ -114,6 +114,20 @@ def _module_info(module: torch.nn.Module) -> ModuleInfo:
     )
 
 
+# What transformers raises for a config.json that it cannot make a model of.
+BUILD_ERRORS = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    OSError,
+    RuntimeError,
+    ImportError,
+    ArithmeticError,
+    AssertionError,
+)
+
+
 def _empty_model(directory: Path, config: Mapping[str, Any], untied: bool) -> transformers.PreTrainedModel:
     names = config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -127,23 +141,18 @@ def _empty_model(directory: Path, config: Mapping[str, Any], untied: bool) -> tr
             if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
                 return found(parsed)
             return transformers.AutoModelForCausalLM.from_config(parsed, trust_remote_code=False)
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        OSError,
-        RuntimeError,
-        ImportError,
-        ArithmeticError,
-        AssertionError,
-    ) as error:
-        raise InputRefused(
-            f"transformers {transformers.__version__} cannot build {names or config.get('model_type')!r} from "
-            f"{directory}/config.json ({str(error).splitlines()[0][:200] if str(error) else type(error).__name__})",
-            expected="a configuration of an architecture that transformers has",
-            todo="check config.json; models that need their own code are not supported",
-        ) from error
+    except BUILD_ERRORS as error:
+        raise cannot_build(directory, error, repr(names or config.get("model_type"))) from error
+
+
+def cannot_build(directory: Path, error: Exception, name: str = "the model") -> InputRefused:
+    """What to raise for one of BUILD_ERRORS."""
+    return InputRefused(
+        f"transformers {transformers.__version__} cannot build {name} from {directory}/config.json "
+        f"({str(error).splitlines()[0][:200] if str(error) else type(error).__name__})",
+        expected="a configuration of an architecture that transformers has",
+        todo="check config.json; models that need their own code are not supported",
+    )
 
 
 class _quiet:

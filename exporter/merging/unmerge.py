@@ -104,7 +104,7 @@ def unmerge(
                 progress=progress,
             )
             _check_digests(plan, shards, section)
-        except BaseException:
+        except InputRefused:  # anything else, such as a full disk, leaves finished shards to go on from
             journal.forget()
             for name in shard_names(len(plan.shards)):
                 partial_path(target / name).unlink(missing_ok=True)

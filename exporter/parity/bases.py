@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from exporter.merging.modules import BUILD_ERRORS, cannot_build
 from exporter.parity.int8_base import Onto, int8_modules, put_int8_values
 from exporter.sources.adapter import Adapter
 from exporter.sources.checkpoint import Checkpoint
@@ -27,12 +28,15 @@ class BaseOptions:
 
 
 def meta_model(directory: Path) -> Any:
-    """The base's architecture without weights. Code in the directory is never run."""
+    """The base's architecture without weights. Code in the directory is never run. InputRefused if there is none."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except BUILD_ERRORS as error:
+        raise cannot_build(directory, error) from error
 
 
 def load_base(directory: Path, options: BaseOptions = BaseOptions()) -> Any:

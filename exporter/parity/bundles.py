@@ -19,6 +19,7 @@ from exporter.graph.dequantize import float_values, unpack
 from exporter.graph.graph_check import NOT_OURS, NOT_TRACED, load_graph, require_our_operators
 from exporter.graph.weights import Quantized, Weight, open_weights
 from exporter.manifest import MANIFEST, file_is_unchanged, read_manifest
+from exporter.merging.plan import DTYPES as MERGE_DTYPES
 from exporter.parity.int8_base import Onto
 from exporter.progress import SILENT, Progress
 from exporter.sources.own_files import require_own_files
@@ -51,6 +52,7 @@ class Bundle:
     weights: Mapping[str, Weight]
     others: tuple[str, ...] = ()  # graphs beside this one, which were not run
     onto: Onto = "original"  # what the manifest says that the adapter was merged onto
+    merge_dtype: str | None = None  # that the manifest says the merge rounded to, where it is not the base's own type
     is_traced: bool = False  # by optimum, as the manifest says: it copies its cache at each call
     adapter: SeparateAdapter | None = None  # chosen at run time; the weights here are those with it
 
@@ -98,7 +100,17 @@ def open_bundle(directory: Path, progress: Progress = SILENT) -> Bundle:
     others = tuple(path.name for path in graphs[1:])
     onto = merged_onto(directory)
     return Bundle(
-        directory, graph, _format(model), _target(model), provenance, hashes, weights, others, onto, is_traced
+        directory,
+        graph,
+        _format(model),
+        _target(model),
+        provenance,
+        hashes,
+        weights,
+        others,
+        onto,
+        merge_dtype(directory),
+        is_traced,
     )
 
 
@@ -116,6 +128,22 @@ def merged_onto(directory: Path) -> Onto:
             todo="merge and export it again",
         )
     return found.pop() if found else "original"
+
+
+def merge_dtype(directory: Path) -> str | None:
+    """The type (safetensors name) that the merge was asked for, by the manifest; None for the base's own."""
+    stages = (read_manifest(directory) or {"stages": {}})["stages"]
+    request = stages.get("merge", {}).get("request")
+    found: set[Any] = {str(section["merge_dtype"]) for section in stages.values() if "merge_dtype" in section}
+    if isinstance(request, dict) and "dtype" in request:
+        found.add(str(request["dtype"]))
+    if len(found) > 1 or not found <= {"auto", *MERGE_DTYPES}:
+        raise InputRefused(
+            f"{directory / MANIFEST} says that the merge rounded to {sorted(found)}",
+            expected="one of auto, " + ", ".join(MERGE_DTYPES),
+            todo="merge and export it again",
+        )
+    return MERGE_DTYPES.get(found.pop()) if found else None
 
 
 def external_data(tensor: onnx.TensorProto) -> dict[str, str]:
@@ -209,8 +237,7 @@ def listed_files(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The files that a manifest's stages list as output, with their entries; a later stage's entry counts."""
     files: dict[str, dict[str, Any]] = {}
     for section in manifest["stages"].values():
-        outputs = section.get("outputs", section) if isinstance(section, dict) else {}
-        listed = outputs.get("files", {}) if isinstance(outputs, dict) else {}
+        listed = section.get("files", {}) if isinstance(section, dict) else {}
         for name, entry in listed.items():
             if (
                 not isinstance(entry, dict)

@@ -8,6 +8,7 @@ from typing import Any
 
 from exporter.errors import InputRefused, UsageError
 from exporter.files import disk_errors, lock_directory, removed_if_empty
+from exporter.merging.card import choose_template
 from exporter.parity.documents import Level, tokens_sha256
 from exporter.parity.inputs import find_template, make_documents, open_pair, resolve_pair
 from exporter.parity.models import TorchScorer, load_reference, reference_environment
@@ -15,7 +16,6 @@ from exporter.parity.outliers import OUTLIERS, count_outlier_columns
 from exporter.parity.reference import capture_store, read_capture
 from exporter.parity.scoring import LogitStore
 from exporter.progress import SILENT, Progress
-from exporter.prompts import TEMPLATES
 from exporter.sources.unchanged import require_unchanged, watch_all
 
 
@@ -61,7 +61,7 @@ def capture(
         tempfile.TemporaryDirectory(prefix="exporter-capture-") as scratch,
     ):
         pair = open_pair(resolved, weighted, progress)
-        text = TEMPLATES.get(template, template) if template else find_template([], pair)
+        text = choose_template(template, []) if template else find_template([], pair)
         documents, _ = make_documents(pair, Path(prompts) if prompts else None, level, text)
         store = LogitStore(Path(scratch), documents, pair.vocabulary)
         model = load_reference(pair.base, pair.weighted, pair.rows)
@@ -74,6 +74,7 @@ def capture(
             tokens_sha256=tokens_sha256(documents),
             base_files=pair.base_files,
             adapter_files=pair.adapter_files,
+            weights=[weight for _, weight in pair.weighted],
             environment=reference_environment() | {OUTLIERS: outliers},
         )
     return Captured(path, len(documents), store.rows, path.stat().st_size)

@@ -5,8 +5,8 @@ differs. Instruction and input are scored as `prompt`, the answer as `response`,
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,10 +16,11 @@ from tokenizers import Tokenizer
 
 from exporter.errors import InputRefused
 from exporter.json_text import parse_json
-from exporter.prompts import render_instruction
+from exporter.prompts import render_instruction, takes_input
 
 PACKAGED = Path(__file__).with_name("prompts")
 SENTINEL = "\ufdd0"  # A noncharacter: no prompt contains it.
+TODAY = "2024-07-26"  # to templates that ask for the date: captures and killed runs must find the same tokens later
 FED, PROMPT, RESPONSE, TEXT = 0, 1, 2, 3
 SCOPE_NAMES = np.array(["fed", "prompt", "response", "text"])
 
@@ -111,14 +112,19 @@ def build_documents(
     tokenizer: Tokenizer,
     *,
     template: str | None,
+    special_tokens: Mapping[str, str] | None = None,
     end_of_text: int | None,
     context: int,
     response_tokens: int | None,
 ) -> list[Document]:
-    """Tokenize rows. What does not fit into `context` tokens is cut off at the end, and the document says so."""
+    """Tokenize rows. What does not fit into `context` tokens is cut off at the end, and the document says so.
+
+    special_tokens: what the template may name, such as bos_token.
+    """
+    render = _Renderer(template, special_tokens or {})
     documents = []
     for row in rows:
-        tokens, scope = _tokenize_text(row, tokenizer) if row.text else _tokenize_pair(row, tokenizer, template)
+        tokens, scope = _tokenize_text(row, tokenizer) if row.text else _tokenize_pair(row, tokenizer, render)
         if end_of_text is not None:
             tokens, scope = [*tokens, end_of_text], [*scope, TEXT if row.text else RESPONSE]
         truncated = len(tokens) > context
@@ -138,6 +144,17 @@ def tokens_sha256(documents: Sequence[Document]) -> str:
     for document in documents:
         digest.update(np.array([len(document.tokens), *document.tokens], "<i8").tobytes() + document.scope.tobytes())
     return digest.hexdigest()
+
+
+def joined_inputs(rows: Sequence[Row], template: str | None, special_tokens: Mapping[str, str]) -> list[Row]:
+    """The rows, with each input joined to its instruction where the template has no place for one."""
+    if template is None or not any(row.input for row in rows):
+        return list(rows)
+    if takes_input(template, special_tokens=special_tokens):
+        return list(rows)
+    return [
+        replace(row, instruction=f"{row.instruction}\n\n{row.input}", input="") if row.input else row for row in rows
+    ]
 
 
 def plain_prompt(instruction: str, input: str) -> str:
@@ -169,9 +186,9 @@ def _tokenize_text(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[int]
     return ids, [TEXT] * len(ids)
 
 
-def _tokenize_pair(row: Row, tokenizer: Tokenizer, template: str | None) -> tuple[list[int], list[int]]:
-    prompt, spans = _render(row, template)
-    encoded = tokenizer.encode(prompt, add_special_tokens=template is None)
+def _tokenize_pair(row: Row, tokenizer: Tokenizer, render: "_Renderer") -> tuple[list[int], list[int]]:
+    prompt, spans = render.prompt(row)
+    encoded = tokenizer.encode(prompt, add_special_tokens=render.template is None)
     scope = [
         PROMPT if any(start < last and end > first for first, last in spans) else FED for start, end in encoded.offsets
     ]
@@ -180,21 +197,29 @@ def _tokenize_pair(row: Row, tokenizer: Tokenizer, template: str | None) -> tupl
     return [*encoded.ids, *answer], [*scope, *[RESPONSE] * len(answer)]
 
 
-def _render(row: Row, template: str | None) -> tuple[str, list[tuple[int, int]]]:
-    """The prompt, and where in it instruction and input stand."""
-    if template is None:
-        prompt = plain_prompt(row.instruction, row.input)
-        return prompt, [(0, len(prompt))]
-    prompt = render_instruction(template, row.instruction, row.input)
-    pieces = render_instruction(template, SENTINEL, SENTINEL if row.input else "").split(SENTINEL)
-    if len(pieces) == 3 and row.input:
-        start = len(pieces[0])
-        spans = [(start, start + len(row.instruction))]
-        start += len(row.instruction) + len(pieces[1])
-        spans.append((start, start + len(row.input)))
-    else:
-        spans = [(len(pieces[0]), len(prompt) - len(pieces[-1]))]
-    return prompt, spans
+@dataclass(frozen=True, slots=True)
+class _Renderer:
+    template: str | None
+    special_tokens: Mapping[str, str]
+
+    def prompt(self, row: Row) -> tuple[str, list[tuple[int, int]]]:
+        """The prompt, and where in it instruction and input stand."""
+        if self.template is None:
+            prompt = plain_prompt(row.instruction, row.input)
+            return prompt, [(0, len(prompt))]
+        prompt = self._text(self.template, row.instruction, row.input)
+        pieces = self._text(self.template, SENTINEL, SENTINEL if row.input else "").split(SENTINEL)
+        if len(pieces) == 3 and row.input:
+            start = len(pieces[0])
+            spans = [(start, start + len(row.instruction))]
+            start += len(row.instruction) + len(pieces[1])
+            spans.append((start, start + len(row.input)))
+        else:
+            spans = [(len(pieces[0]), len(prompt) - len(pieces[-1]))]
+        return prompt, spans
+
+    def _text(self, template: str, instruction: str, input: str) -> str:
+        return render_instruction(template, instruction, input, special_tokens=self.special_tokens, today=TODAY)
 
 
 def _limit_response(tokens: list[int], scope: list[int], limit: int) -> tuple[list[int], list[int]]:

@@ -11,13 +11,24 @@ from tokenizers import Tokenizer
 
 from exporter.errors import InputRefused, UsageError
 from exporter.files import sha256_file
+from exporter.merging.modules import BUILD_ERRORS, cannot_build
 from exporter.parity.bases import resized_rows
 from exporter.parity.bundles import Bundle
-from exporter.parity.documents import LEVELS, PACKAGED, Document, Level, build_documents, level_rows, read_rows
+from exporter.parity.documents import (
+    LEVELS,
+    PACKAGED,
+    Document,
+    Level,
+    build_documents,
+    joined_inputs,
+    level_rows,
+    read_rows,
+)
 from exporter.progress import SILENT, Progress
-from exporter.prompts import chat_template
+from exporter.prompts import chat_template, special_tokens
 from exporter.sources.adapter import LORA, Adapter, open_adapter
 from exporter.sources.checkpoint import Checkpoint, open_checkpoint, read_json
+from exporter.sources.context import CONTEXT_KEYS, context_length
 from exporter.sources.hub import resolve
 from exporter.sources.tokenizer import TOKENIZER_JSON, build_tokenizer_json, tokenizer_files
 from exporter.sources.values import read_tensor
@@ -45,6 +56,7 @@ class Pair:
     base_files: dict[str, str]
     adapter_files: dict[str, str]
     tokenizer: Tokenizer
+    special_tokens: dict[str, str]  # what a chat template may name
     vocabulary: int
     context: int
     rows: int | None = None  # of the embeddings, where an adapter resized them
@@ -84,7 +96,8 @@ def open_pair(base: Path, adapters: Sequence[tuple[Path, float]], progress: Prog
         for i, adapter in enumerate(opened)
         for path in (adapter.file, adapter.directory / "adapter_config.json")
     }
-    tokenizer = load_tokenizer(tokenizer_files(base, [adapter.directory for adapter in opened]).directory)
+    tokenizer_directory = tokenizer_files(base, [adapter.directory for adapter in opened]).directory
+    tokenizer = load_tokenizer(tokenizer_directory)
     rows = resized_rows(checkpoint, opened)
     vocabulary = min(rows or int(checkpoint.config.get("vocab_size", 1 << 62)), tokenizer.get_vocab_size())
     return Pair(
@@ -94,6 +107,7 @@ def open_pair(base: Path, adapters: Sequence[tuple[Path, float]], progress: Prog
         base_files,
         adapter_files,
         tokenizer,
+        special_tokens(tokenizer_directory),
         vocabulary,
         context(checkpoint.config),
         rows,
@@ -101,23 +115,26 @@ def open_pair(base: Path, adapters: Sequence[tuple[Path, float]], progress: Prog
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """tokenizer.json, or the one that transformers makes of vocab.json and merges.txt."""
+    """tokenizer.json, or the one that transformers makes of vocab.json and merges.txt; it neither cuts nor pads."""
     path = directory / TOKENIZER_JSON
     data = path.read_bytes() if path.is_file() else build_tokenizer_json(directory)
     try:
-        return Tokenizer.from_buffer(data)
+        tokenizer = Tokenizer.from_buffer(data)
     except Exception as error:  # tokenizers (Rust) raises plain Exception
         raise InputRefused(
             f"{path} is not a tokenizer ({error})", expected="a tokenizer.json", todo="fetch it again"
         ) from error
+    tokenizer.no_truncation()  # what a training run left in the file
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def context(config: dict[str, Any]) -> int:
     """The longest input the architecture takes, in tokens."""
-    for key in ("n_positions", "max_position_embeddings", "n_ctx"):
-        if isinstance(config.get(key), int):
-            return config[key]
-    raise InputRefused("config.json names no context length", expected="n_positions or max_position_embeddings")
+    length = context_length(config)
+    if length is None:
+        raise InputRefused("config.json names no context length", expected=" or ".join(CONTEXT_KEYS))
+    return length
 
 
 def end_of_text(config: dict[str, Any]) -> int | None:
@@ -129,11 +146,14 @@ def make_documents(
     pair: Pair, prompts: Path | None, level: Level, template: str | None
 ) -> tuple[list[Document], list[str]]:
     """The documents of a level, and what has to be said about them."""
-    rows = level_rows(read_rows(prompts or ALPACA_SET), level, packaged=prompts is None)
+    given = read_rows(prompts or ALPACA_SET)
+    chosen = level_rows(given, level, packaged=prompts is None)
+    rows = joined_inputs(chosen, template, pair.special_tokens)
     documents = build_documents(
         rows,
         pair.tokenizer,
         template=template,
+        special_tokens=pair.special_tokens,
         end_of_text=end_of_text(pair.base.config),
         context=pair.context,
         response_tokens=LEVELS[level].response_tokens,
@@ -146,6 +166,10 @@ def make_documents(
     notes = []
     if template is None and any(row.instruction for row in rows):
         notes.append("no chat template: instructions were fed plainly, as instruction, blank line, input")
+    if joined := sum(row.input != before.input for row, before in zip(rows, chosen, strict=True)):
+        notes.append(f"the chat template has no place for an input: {joined} were put behind their instructions")
+    if prompts is not None and len(chosen) < len(given):
+        notes.append(f"{level} takes {len(chosen)} of the {len(given)} prompts; --level nightly takes all")
     if len(documents) < len(rows):
         notes.append(f"{len(rows) - len(documents)} of {len(rows)} prompts have no second token and were not scored")
     cut = sum(document.truncated for document in documents)
@@ -203,7 +227,10 @@ def check_config(bundle: Bundle, pair: Pair) -> None:
     from transformers import AutoConfig
 
     def read(directory: Path) -> dict[str, Any]:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True).to_dict()
+        try:
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True).to_dict()
+        except BUILD_ERRORS as error:
+            raise cannot_build(directory, error) from error
         return {key: value for key, value in config.items() if key not in SILENT_KEYS}
 
     ours, theirs = read(pair.base.directory), read(bundle.directory)

@@ -29,8 +29,9 @@ from exporter.parity.oracle import Adapted, Oracle
 from exporter.parity.result import GateResult, Mutant
 from exporter.parity.statistics import PairTokens
 from exporter.parity.weights import (
+    Rounding,
     Rows,
-    allowed_types,
+    allowed_roundings,
     canonical_weights,
     elements_pass,
     is_projected,
@@ -43,6 +44,7 @@ from exporter.parity.weights import (
     within_step,
 )
 from exporter.progress import SILENT, Progress
+from exporter.sources.tensors import TensorInfo
 from exporter.sources.values import read_tensor
 
 Float = NDArray[np.float64]
@@ -93,14 +95,24 @@ def merge_mutants(
             following = _same_shape(name, oracle)
             other = oracle.merge(following) if following else None
             weight = weights[name]
-            expected |= {STEP} if isinstance(weight, Quantized) and adapted.is_exact else set()
+            expected |= {STEP} if isinstance(weight, Quantized) and _is_known(weight, adapted) else set()
             expected |= set() if isinstance(weight, Quantized) else {ELEMENTS}
-            _try_all(tallies, adapted, other, weight, oracle, limits)
+            _try_all(tallies, adapted, other, weight, _roundings(bundle, weight, oracle.base_info(name)), limits)
             task.advance()
     found = [tally.mutant(name, tuple(sorted(expected, reverse=True))) for name, tally in tallies.items()]
     if oracle.onto == "int8":
-        found.append(_onto_mutant(weights, oracle, limits))
+        found.append(_onto_mutant(bundle, weights, oracle, limits))
     return found
+
+
+def _roundings(bundle: Bundle, weight: Weight, base: TensorInfo) -> list[Rounding]:
+    """The ways to the stored type, a merge's own last; none to codes."""
+    return [] if isinstance(weight, Quantized) else allowed_roundings(weight, base, bundle.merge_dtype)
+
+
+def _is_known(weight: Weight, adapted: Adapted) -> bool:
+    """True where every element of the right weight is known: replaced values, and targets that training left alone."""
+    return adapted.is_exact or not is_projected(weight, adapted)
 
 
 def _try_all(
@@ -108,7 +120,7 @@ def _try_all(
     adapted: Adapted,
     other: Adapted | None,
     weight: Weight,
-    oracle: Oracle,
+    roundings: Sequence[Rounding],
     limits: ProjectionLimits,
 ) -> None:
     """Every mutation in one target; other: the target whose change a shuffled layer would carry."""
@@ -120,10 +132,10 @@ def _try_all(
             tally.reasons.append(delta)
         elif not any((delta(rows) != adapted.delta_of(rows)).any() for rows in row_blocks(stored)):
             tally.reasons.append(f"{name}: equals the original, max |difference| = 0")
-        elif _is_below_rounding(weight, adapted, delta, oracle):
+        elif _is_below_rounding(weight, adapted, delta, roundings):
             tally.reasons.append(f"{name}: the same bundle, for what it changes is lost in rounding")
         else:
-            tally.add(name, _killers(stored, adapted, delta, weight, oracle, limits))
+            tally.add(name, _killers(stored, adapted, delta, weight, roundings, limits))
 
 
 def _same_shape(name: str, oracle: Oracle) -> str | None:
@@ -134,22 +146,24 @@ def _same_shape(name: str, oracle: Oracle) -> str | None:
     return next((one for one in others if oracle.base_info(one).shape == shape), others[0] if others else None)
 
 
-def _is_below_rounding(weight: Weight, adapted: Adapted, delta: Rows, oracle: Oracle) -> bool:
+def _is_below_rounding(weight: Weight, adapted: Adapted, delta: Rows, roundings: Sequence[Rounding]) -> bool:
     """True where a faulty merge gives the very bytes of the right one, or one that no quantized weight can tell."""
-    if not adapted.is_exact:
+    if not _is_known(weight, adapted):
         return False
     blocks = row_blocks(adapted.merged)
     if isinstance(weight, Quantized):
         steps = np.broadcast_to(quantization_steps(weight)[0].numpy(), adapted.merged.shape)
         return all(bool((np.abs(delta(rows) - adapted.delta_of(rows)) <= steps[rows]).all()) for rows in blocks)
-    kept = allowed_types(weight, oracle.base_info(adapted.name))[-1]
     return all(
-        np.array_equal(round_to(adapted.original[rows] + delta(rows), kept), round_to(adapted.merged[rows], kept))
+        np.array_equal(
+            round_to(adapted.original[rows] + delta(rows), *roundings[-1]),
+            round_to(adapted.merged[rows], *roundings[-1]),
+        )
         for rows in blocks
     )
 
 
-def _onto_mutant(weights: Mapping[str, Weight], oracle: Oracle, limits: ProjectionLimits) -> Mutant:
+def _onto_mutant(bundle: Bundle, weights: Mapping[str, Weight], oracle: Oracle, limits: ProjectionLimits) -> Mutant:
     """The same adapter merged onto the base's own weights: every weight that stands on codes is off by q = W - W_int8.
 
     What PEFT would make of W is W' + q: exactly so for sums, and to the order of the change for other methods.
@@ -169,9 +183,9 @@ def _onto_mutant(weights: Mapping[str, Weight], oracle: Oracle, limits: Projecti
             adapted = oracle.merge(one)
             if adapted.is_exact:
                 continue
-            types = allowed_types(weight, info)
-            wrong = round_to(adapted.merged + own.double().numpy() - adapted.original, types[-1])
-            gate, seen = ELEMENTS, not elements_pass(wrong.__getitem__, adapted, types)
+            roundings = allowed_roundings(weight, info, bundle.merge_dtype)
+            wrong = round_to(adapted.merged + own.double().numpy() - adapted.original, *roundings[-1])
+            gate, seen = ELEMENTS, not elements_pass(wrong.__getitem__, adapted, roundings)
         else:
             values = oracle.original(one).double().numpy()
             gate, seen = UNTOUCHED, not np.array_equal(own.double().numpy(), round_to(values, info.dtype))
@@ -214,7 +228,12 @@ class _Tally:
 
 
 def _killers(
-    stored: Float, adapted: Adapted, delta: Rows, weight: Weight, oracle: Oracle, limits: ProjectionLimits
+    stored: Float,
+    adapted: Adapted,
+    delta: Rows,
+    weight: Weight,
+    roundings: Sequence[Rounding],
+    limits: ProjectionLimits,
 ) -> set[str]:
     """The gates that see a bundle into which `delta` was merged. A quantized bundle keeps its quantization noise."""
     killers = set()
@@ -223,15 +242,14 @@ def _killers(
         def wrong(rows: slice) -> Float:
             return stored[rows] + (delta(rows) - adapted.delta_of(rows))
 
-        if adapted.is_exact and not within_step(weight, wrong(slice(None)), adapted.merged):
+        if _is_known(weight, adapted) and not within_step(weight, wrong(slice(None)), adapted.merged):
             killers.add(STEP)
     else:
-        types = allowed_types(weight, oracle.base_info(adapted.name))
 
         def wrong(rows: slice) -> Float:
-            return round_to(adapted.original[rows] + delta(rows), types[-1])
+            return round_to(adapted.original[rows] + delta(rows), *roundings[-1])
 
-        if not elements_pass(wrong, adapted, types):
+        if not elements_pass(wrong, adapted, roundings):
             killers.add(ELEMENTS)
     if is_projected(weight, adapted) and judge_projection(project(wrong, adapted), limits) == "FAIL":
         killers.add(PROJECTION)

@@ -27,7 +27,7 @@ from exporter.parity.statistics import PairTokens, Scored, compare, log_softmax,
 COVERED = 0.999
 LARGEST = 4096
 MASS = 1e-3  # off one, at most, by what float32 rounds
-FORMAT = "1"
+FORMAT = "2"  # 1 did not hold the weights of the adapters
 ABSENT = -60.0  # log p of a padding bucket on both sides: it adds nothing to any sum
 
 Int = NDArray[np.int64]
@@ -56,12 +56,24 @@ class Reference(Protocol):
         ...
 
 
+def require_finite_reference(store: LogitStore) -> None:
+    """InputRefused where R's logits are no numbers: there is nothing to compare with then."""
+    for document in store.documents:
+        if not np.isfinite(store.read("R", document)).all():
+            raise InputRefused(
+                f"the 8-bit model gives NaN or infinity for document {document.index}",
+                expected="finite logits",
+                todo="check the base's weights; a base that overflows in float16 has no such reference",
+            )
+
+
 class LiveReference:
-    """R was run in this process and its logits are in the store."""
+    """R was run in this process and its logits are in the store. InputRefused where they are no numbers."""
 
     name = "int8"
 
     def __init__(self, store: LogitStore, environment: dict[str, str]) -> None:
+        require_finite_reference(store)
         self._store, self.environment = store, environment
 
     def at(self, document: Document, rows: slice, targets: Int) -> "LiveRows":
@@ -93,6 +105,7 @@ class Capture:
     tokens_sha256: str
     base_files: dict[str, str]
     adapter_files: dict[str, str]
+    weights: tuple[float, ...]
     vocabulary: int
     environment: dict[str, str]
     sha256: str
@@ -154,22 +167,17 @@ def capture_store(
     tokens_sha256: str,
     base_files: dict[str, str],
     adapter_files: dict[str, str],
+    weights: Sequence[float],
     environment: dict[str, str],
 ) -> None:
     """Write R's logits of `store` as a capture file (safetensors; the facts are JSON in its metadata).
 
     InputRefused where R gave no numbers: there is nothing to compare with then.
     """
+    require_finite_reference(store)
     ids, log_p, counts, tail = [], [], [], []
     for document in store.documents:
-        logits = store.read("R", document)
-        if not np.isfinite(logits).all():
-            raise InputRefused(
-                f"the 8-bit model gives NaN or infinity for document {document.index}",
-                expected="finite logits",
-                todo="check the base's weights: exporter inspect",
-            )
-        for row in log_softmax(logits):
+        for row in log_softmax(store.read("R", document)):
             order = np.argsort(-row, kind="stable")[:LARGEST]
             count = min(len(order), int(np.searchsorted(np.cumsum(np.exp(row[order])), COVERED)) + 1)
             ids.append(order[:count].astype(np.int32))
@@ -179,6 +187,7 @@ def capture_store(
     facts = {
         "base_files": base_files,
         "adapter_files": adapter_files,
+        "weights": list(weights),
         "environment": environment,
         "vocabulary": store.vocabulary,
     }
@@ -221,6 +230,7 @@ def read_capture(path: Path) -> Capture:
                 metadata["tokens_sha256"],
                 facts["base_files"],
                 facts["adapter_files"],
+                tuple(facts["weights"]),
                 facts["vocabulary"],
                 facts["environment"],
                 hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -262,6 +272,8 @@ def _check_facts(facts: Any) -> None:
             raise ValueError(f"{key} is no map of texts")
     if not isinstance(facts["vocabulary"], int):
         raise ValueError("the vocabulary is no number")
+    if not isinstance(facts["weights"], list) or not all(isinstance(one, int | float) for one in facts["weights"]):
+        raise ValueError("the weights of the adapters are no numbers")
 
 
 def check_capture(
@@ -270,16 +282,19 @@ def check_capture(
     tokens_sha256: str,
     base_files: dict[str, str],
     adapter_files: dict[str, str],
+    weights: Sequence[float],
     rows: int,
     vocabulary: int,
 ) -> None:
     """InputRefused unless the capture is of this base, these adapters and these tokens, with so many scored `rows`."""
-    for what, seen, expected in (
-        ("base", capture.base_files, base_files),
-        ("adapter", capture.adapter_files, adapter_files),
-    ):
-        if sorted(seen.values()) != sorted(expected.values()):
-            raise InputRefused(f"the reference was captured with another {what}", expected=f"this {what}'s hashes")
+    if sorted(capture.base_files.values()) != sorted(base_files.values()):
+        raise InputRefused("the reference was captured with another base", expected="this base's hashes")
+    if capture.adapter_files != adapter_files:
+        raise InputRefused("the reference was captured with another adapter", expected="this adapter's hashes")
+    if capture.weights != tuple(weights):
+        raise InputRefused(
+            f"the reference was captured with adapter weights {list(capture.weights)}", expected=f"{list(weights)}"
+        )
     if capture.tokens_sha256 != tokens_sha256:
         raise InputRefused(
             "the reference was captured on other tokens",

@@ -174,6 +174,7 @@ def _score_references(
             tokens_sha256=tokens,
             base_files=pair.base_files,
             adapter_files=pair.adapter_files,
+            weights=[weight for _, weight in pair.weighted],
             rows=store.rows,
             vocabulary=store.vocabulary,
         )

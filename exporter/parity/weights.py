@@ -16,10 +16,11 @@ from exporter.parity.gates import ProjectionLimits
 from exporter.parity.oracle import Adapted, Oracle
 from exporter.parity.result import GateResult, Outcome, Projection
 from exporter.progress import SILENT, Progress, Task
-from exporter.sources.tensors import FLOATS, TensorInfo, item_size
-from exporter.sources.values import read_tensor
+from exporter.sources.tensors import FLOATS, TensorInfo
+from exporter.sources.values import DTYPES, read_tensor
 
 Float = NDArray[np.float64]
+Rounding = tuple[str, ...]  # types that a value was rounded to, one after another
 Rows = Callable[[slice], Float]  # some rows of a tensor that need not be there as a whole
 CODE_ERROR = 2.0**-10  # in steps: float32 arithmetic when a weight is divided by its scale
 IN_CACHE = 1 << 14  # numbers of an array that are looked at at once
@@ -52,10 +53,12 @@ class WeightChecks:
     faults: list[Fault]
 
 
-def round_to(values: Float, dtype: str) -> Float:
-    """Correctly rounded (half to even) to the stored type `dtype` (safetensors name), back in float64."""
+def round_to(values: Float, *rounding: str) -> Float:
+    """Correctly rounded (half to even) to each of the types in turn (safetensors names), back in float64."""
     with np.errstate(over="ignore"):
-        return values.astype(NUMPY[dtype]).astype(np.float64)
+        for dtype in rounding:
+            values = values.astype(NUMPY[dtype]).astype(np.float64)
+    return values
 
 
 def check_elements(stored: Float, adapted: Adapted, dtype: str) -> ElementCheck:
@@ -67,20 +70,20 @@ def check_elements(stored: Float, adapted: Adapted, dtype: str) -> ElementCheck:
     """
     wrong, worst = 0, 0.0
     for rows in row_blocks(stored):
-        beyond = _beyond(stored[rows], adapted, dtype, rows)
+        beyond = _beyond(stored[rows], adapted, (dtype,), rows)
         outside = ~(beyond <= 0)  # a NaN is wrong
         if outside.any():
             wrong, worst = wrong + int(outside.sum()), max(worst, float(beyond[outside].max()))
     return ElementCheck(wrong, stored.size, worst)
 
 
-def _beyond(got: Float, adapted: Adapted, dtype: str, rows: slice) -> Float:
+def _beyond(got: Float, adapted: Adapted, rounding: Rounding, rows: slice) -> Float:
     """How far some rows lie outside the bound of `check_elements`; nothing above 0 is right."""
-    sum_is_stored = dtype == "F32" and adapted.is_sum and len(adapted.ranks) == 1
+    sum_is_stored = rounding == ("F32",) and adapted.is_sum and len(adapted.ranks) == 1
     sum_error = 0.0 if adapted.is_exact or sum_is_stored else 2.0**-24
     merged = adapted.merged[rows]
     error = adapted.slack[rows] + sum_error * np.abs(merged)
-    low, high = round_to(merged - error, dtype), round_to(merged + error, dtype)
+    low, high = round_to(merged - error, *rounding), round_to(merged + error, *rounding)
     return np.maximum(low - got, got - high)
 
 
@@ -191,10 +194,12 @@ def _checked(
         if isinstance(weight, Quantized):
             outcomes["step"].append((adapted.name, "PASS" if within_step(weight, stored, adapted.merged) else "FAIL"))
         else:
-            outcomes["elements"].append((adapted.name, _elements_outcome(weight, stored, adapted, oracle)))
+            roundings = allowed_roundings(weight, oracle.base_info(adapted.name), bundle.merge_dtype)
+            right = elements_pass(stored.__getitem__, adapted, roundings)
+            outcomes["elements"].append((adapted.name, "PASS" if right else "FAIL"))
             near |= {adapted.name} if is_near(stored, adapted, weight.dtype) else set()
         task.advance()
-    untouched = _check_untouched(weights, oracle, task)
+    untouched = _check_untouched(bundle, weights, oracle, task)
     outcomes["step"] += [entry for entry in untouched if isinstance(weights[entry[0]], Quantized)]
     same = [entry for entry in untouched if not isinstance(weights[entry[0]], Quantized)]
     source = "the base" if oracle.onto == "original" else "the base or what its int8 codes mean"
@@ -229,8 +234,13 @@ def is_near(stored: Float, adapted: Adapted, dtype: str) -> bool:
 
 
 def is_projected(weight: Weight, adapted: Adapted) -> bool:
-    """A change is projected; a replaced value is known to the last bit, and projected only where it was quantized."""
-    return not adapted.is_exact or (isinstance(weight, Quantized) and bool(adapted.delta.any()))
+    """A change is projected, where there is one: a target that training left at zero is judged by its elements alone.
+
+    A replaced value is known to the last bit, and projected only where it was quantized.
+    """
+    if adapted.is_exact and not isinstance(weight, Quantized):
+        return False
+    return any(bool(adapted.delta_of(rows).any()) for rows in row_blocks(adapted.merged))
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,17 +307,20 @@ def read_values(weight: Weight) -> Float:
     return tensor.double().numpy()
 
 
-def allowed_types(weight: TensorInfo, base: TensorInfo) -> list[str]:
-    """Types that the merge may have rounded to: the stored one, or the base's where the bundle widened it."""
-    wider = item_size(weight.dtype) > item_size(base.dtype)
-    return [weight.dtype, base.dtype] if wider else [weight.dtype]
+def allowed_roundings(weight: TensorInfo, base: TensorInfo, merge_dtype: str | None) -> list[Rounding]:
+    """To the stored type alone, or first to what the merge made of it: `merge_dtype`, or the base's own type."""
+    between = merge_dtype or base.dtype
+    alone: Rounding = (weight.dtype,)
+    if between == weight.dtype or not {between, weight.dtype} <= FLOATS:
+        return [alone]
+    return [alone, (between, weight.dtype)]
 
 
-def elements_pass(stored: Rows, adapted: Adapted, types: Sequence[str]) -> bool:
-    """True if all elements are right for one of the types: a tensor is rounded to one type, never a mixture."""
+def elements_pass(stored: Rows, adapted: Adapted, roundings: Sequence[Rounding]) -> bool:
+    """True if all elements are right for one of the roundings: a tensor takes one way, never a mixture."""
     return any(
-        all(bool((_beyond(stored(rows), adapted, dtype, rows) <= 0).all()) for rows in row_blocks(adapted.merged))
-        for dtype in types
+        all(bool((_beyond(stored(rows), adapted, rounding, rows) <= 0).all()) for rows in row_blocks(adapted.merged))
+        for rounding in roundings
     )
 
 
@@ -337,13 +350,9 @@ def within_step(weight: Quantized, stored: Float, wanted: Float) -> bool:
     return all(map(within, row_blocks(stored)))
 
 
-def _elements_outcome(weight: Weight, stored: Float, adapted: Adapted, oracle: Oracle) -> Outcome:
-    assert not isinstance(weight, Quantized)
-    base = oracle.base_info(adapted.name)
-    return "PASS" if elements_pass(stored.__getitem__, adapted, allowed_types(weight, base)) else "FAIL"
-
-
-def _check_untouched(weights: Mapping[str, Weight], oracle: Oracle, task: Task) -> list[tuple[str, Outcome]]:
+def _check_untouched(
+    bundle: Bundle, weights: Mapping[str, Weight], oracle: Oracle, task: Task
+) -> list[tuple[str, Outcome]]:
     """Weights that no adapter changes: equal bytes, or the exact conversion where the type differs.
 
     Onto int8, what the codes mean, rounded once.
@@ -352,27 +361,34 @@ def _check_untouched(weights: Mapping[str, Weight], oracle: Oracle, task: Task) 
     for name in sorted(oracle.expected_names - set(oracle.names)):
         if name in weights:
             original = oracle.original(name)
-            right = untouched(weights[name], original, oracle.base_info(name), on_codes=name in oracle.int8_names)
+            on_codes = name in oracle.int8_names
+            right = untouched(weights[name], original, oracle.base_info(name), bundle.merge_dtype, on_codes=on_codes)
             results.append((name, "PASS" if right else "FAIL"))
         task.advance()
     return results
 
 
-def untouched(weight: Weight, original: torch.Tensor, base: TensorInfo, *, on_codes: bool) -> bool:
+def untouched(
+    weight: Weight, original: torch.Tensor, base: TensorInfo, merge_dtype: str | None, *, on_codes: bool
+) -> bool:
     """Is `weight` what stands in the base? original: the base's values, or what their codes mean (float32)."""
     if weight.shape != base.shape:
         return False
     if isinstance(weight, Quantized):
         return within_step(weight, read_values(weight), original.double().numpy())
-    stored = read_tensor(weight)
+    stored, roundings = read_tensor(weight), allowed_roundings(weight, base, merge_dtype)
     if on_codes:
         values = original.double().numpy()
-        return any(np.array_equal(stored.double().numpy(), round_to(values, t)) for t in allowed_types(weight, base))
-    if weight.dtype != base.dtype and weight.dtype in FLOATS:
-        original = original.to(stored.dtype)
-    if weight.dtype == base.dtype:
-        return _bytes(stored) == _bytes(original)
-    return torch.equal(stored, original)
+        return any(np.array_equal(stored.double().numpy(), round_to(values, *rounding)) for rounding in roundings)
+    if weight.dtype not in FLOATS or base.dtype not in FLOATS:
+        return torch.equal(stored, original)
+    return any(_bytes(stored) == _bytes(_converted(original, rounding)) for rounding in roundings)
+
+
+def _converted(values: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+    for dtype in rounding:
+        values = values.to(DTYPES[dtype])
+    return values
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

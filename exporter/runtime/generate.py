@@ -56,6 +56,7 @@ def generate(
     `on_text` gets the answer's pieces as they come; joined they are its text. `adapter` names one that the bundle was
     exported with; its own chat template comes before the bundle's.
     """
+    _require_text(instruction or "", input, prompt or "")
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     runner = bundle if isinstance(bundle, Runner) else load(bundle, target=target, provider=provider, threads=threads)
     if adapter is not None:
@@ -78,6 +79,15 @@ def generate(
         runner.provider,
         runner.adapter,
     )
+
+
+def _require_text(*texts: str) -> None:
+    """UsageError for bytes of a command line that were no UTF-8: Python makes lone surrogates of them."""
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError("the prompt is not text in UTF-8", expected="UTF-8", todo="convert it first") from error
 
 
 def prompt_ids(

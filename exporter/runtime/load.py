@@ -17,8 +17,8 @@ from exporter.runtime.memory import free_memory, needed_memory
 from exporter.runtime.runner import Runner
 from exporter.runtime.session import cuda_is_usable, open_session, provider_name, require_provider
 from exporter.sources.checkpoint import read_json
+from exporter.sources.context import CONTEXT_KEYS, context_length
 
-POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 # Nearest to the merged checkpoint first.
 BEST = ("native", "fp32", "fp16", "int8", "int8-exact", "int4")
 
@@ -72,12 +72,12 @@ def _sizes(bundle: Bundle, config: dict[str, Any]) -> tuple[int, int]:
         decoder = read_decoder(config)
         decoder_weights(decoder, bundle_weights(bundle))  # config.json still belongs to these weights
         return decoder.sizes.n_positions, decoder.sizes.vocab_size
-    positions = next((config[key] for key in POSITIONS if isinstance(config.get(key), int)), None)
+    positions = context_length(config)
     vocabulary = config.get("vocab_size")
     if positions is None or not isinstance(vocabulary, int):
         raise InputRefused(
             f"config.json in {bundle.directory} does not say how many positions and tokens there are",
-            expected=f"{' or '.join(POSITIONS)}, and vocab_size",
+            expected=f"{' or '.join(CONTEXT_KEYS)}, and vocab_size",
         )
     return positions, vocabulary
 

@@ -1,6 +1,7 @@
 """What a bundle needs in memory, and what the machine has left: asked before a session is opened."""
 
 import math
+from pathlib import Path
 
 from exporter.graph.architectures import read_decoder
 from exporter.graph.bundle import Bundle, bundle_weights
@@ -21,16 +22,17 @@ def needed_memory(bundle: Bundle) -> int:
     read row by row as they are stored. Quantized weights stay as they are. CUDA holds weights in float16.
     """
     if bundle.precision == "optimum":
-        return int(SLACK * sum(bundle.section["files"][name]["size"] for name in _graph_files(bundle))) + OVERHEAD
+        return int(SLACK * sum(file.stat().st_size for file in _graph_files(bundle))) + OVERHEAD
     decoder = read_decoder(read_json(bundle.directory / "config.json"))
     weights = decoder_weights(decoder, bundle_weights(bundle))
     held = sum(_held(decoder.parameters[name].kind, weight, bundle.target) for name, weight in weights.items())
     return int(SLACK * held) + OVERHEAD
 
 
-def _graph_files(bundle: Bundle) -> list[str]:
-    section = bundle.section
-    return [section["graph"], *section["weights"]]
+def _graph_files(bundle: Bundle) -> list[Path]:
+    weights = bundle.section.get("weights")
+    names = [name for name in weights if isinstance(name, str)] if isinstance(weights, list) else []
+    return [file for file in (bundle.graph, *(bundle.directory / name for name in names)) if file.is_file()]
 
 
 def _held(kind: Kind, weight: Weight, target: str) -> int:

@@ -10,16 +10,19 @@ from exporter.errors import InputRefused
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """tokenizer.json of a bundle. InputRefused if it is missing or malformed."""
+    """tokenizer.json of a bundle, which neither cuts nor pads. InputRefused if it is missing or malformed."""
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise InputRefused(
             f"tokenizer.json is missing in {directory}", expected="a fast tokenizer", todo="use token ids, or add it"
         )
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise InputRefused(f"{path} is malformed: {str(error)[:200]}", expected="a tokenizers file") from error
+    tokenizer.no_truncation()  # what a training run left in the file
+    tokenizer.no_padding()
+    return tokenizer
 
 
 class TextStream:

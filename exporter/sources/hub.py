@@ -29,7 +29,7 @@ from exporter.errors import EnvironmentLacking, ExporterError, InputRefused, Usa
 from exporter.files import human_bytes, nearest_existing
 from exporter.progress import SILENT, Progress, Task
 from exporter.sources.own_files import require_own_files
-from exporter.sources.snapshot import COMMIT, Kind, cached_snapshot, choose_files
+from exporter.sources.snapshot import COMMIT, Kind, cached_snapshot, choose_files, is_whole
 
 HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@\s]+))?")
 POLL_SECONDS = 0.25
@@ -115,7 +115,7 @@ def _looks_like_a_path(source: str) -> bool:
 
 def _from_hub(id: str, revision: str, kind: Kind, progress: Progress) -> Source:
     cached = cached_snapshot(id, revision, kind)
-    if cached and COMMIT.fullmatch(revision):  # a commit never changes: nothing to ask the hub
+    if cached and COMMIT.fullmatch(revision) and is_whole(cached):  # a commit never changes: nothing to ask the hub
         return Source(cached, id, revision, cached.name)
     if constants.HF_HUB_OFFLINE:
         if cached is None:

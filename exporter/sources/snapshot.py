@@ -72,6 +72,11 @@ def cached_snapshot(id: str, revision: str, kind: Kind) -> Path | None:
     return directory if _has_weights(directory, kind) else None
 
 
+def is_whole(directory: Path) -> bool:
+    """True if somebody fetched more than a model library does, which leaves out tokenizers, templates and licences."""
+    return any(ABOUT.fullmatch(file.name) for file in directory.iterdir())
+
+
 def _has_weights(directory: Path, kind: Kind) -> bool:
     if kind == "adapter":
         return any(WEIGHTS[kind][i].fullmatch(file.name) for file in directory.iterdir() for i in (0, 1))

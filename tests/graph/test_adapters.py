@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 import exporter
 from exporter import cli
 from exporter.errors import InputRefused, UsageError
-from exporter.graph.bundle import WEIGHTS, Bundle
+from exporter.graph.bundle import WEIGHTS, Bundle, bundles_in
 from exporter.graph.dequantize import dequantized_weights
 from exporter.graph.export import export
 from exporter.prompts import ALPACA, render_instruction
@@ -504,3 +504,12 @@ def test_an_adapter_that_is_left_out_leaves_no_file_behind(family: Family, tmp_p
     assert (out / "mine.onnx_adapter").read_text() == "never ours"
     assert adapter_names(bundle) == ("attention",)
     assert (out / "attention.onnx_adapter").is_file()
+
+
+def test_another_precision_in_the_same_directory_takes_the_place_of_the_first(family: Family, tmp_path: Path) -> None:
+    asked = {"base": family.base.directory, "adapter": family.adapters["attention"], "adapters": "separate"}
+    export(**asked, precision=["fp32"], out=tmp_path / "out")
+    (bundle,) = export(**asked, precision=["int8"], out=tmp_path / "out")
+    assert [one.precision for one in bundles_in(bundle.directory)] == ["int8"]
+    assert load(bundle.directory, adapter="attention").bundle.precision == "int8"
+    assert exporter.verify_manifest(bundle.directory).exit_code == 0

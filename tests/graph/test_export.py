@@ -248,3 +248,16 @@ def test_linked_weights_are_not_pointed_into(tmp_path: Path) -> None:
     onnx.checker.check_model(bundle.graph, full_check=True)
     for name, value in dequantized_weights(bundle):
         assert torch.equal(value, model.model.state_dict()[name])
+
+
+def test_what_an_earlier_export_copied_and_this_one_does_not_is_removed(tmp_path: Path) -> None:
+    """A template that is gone from the checkpoint would otherwise go on to be used."""
+    tiny_model(tmp_path / "merged")
+    save_byte_tokenizer(tmp_path / "merged")
+    (tmp_path / "merged/chat_template.jinja").write_text("{{ messages[0].content }}")
+    (bundle,) = export(tmp_path / "merged", precision=["int8"])
+    assert (bundle.directory / "chat_template.jinja").is_file()
+    (tmp_path / "merged/chat_template.jinja").unlink()
+    export(tmp_path / "merged", precision=["int8"])
+    assert not (bundle.directory / "chat_template.jinja").exists()
+    assert (tmp_path / "merged/tokenizer.json").is_file()

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import GPT2LMHeadModel, LlamaConfig
 
 import exporter
 from exporter.errors import InputRefused
+from exporter.merging.merge import merge
 from tests.pairs import Pair, edit_json, gpt2_config, lora_config, make_pair, rewrite, save_adapter, save_base
 
 ADAPTER = "adapter_model.safetensors"
@@ -196,3 +198,10 @@ def test_a_configuration_whose_ids_lie_outside_the_vocabulary(tmp_path: Path) ->
     pair = make_pair(tmp_path, config, lora=lora_config(target_modules=["q_proj"], fan_in_fan_out=False))
     edit_json(pair.base / "config.json", pad_token_id=999)
     assert_refused(pair, tmp_path / "out", "cannot build")
+
+
+def test_a_zero_adapter_beside_a_trained_one(pair: Pair, tmp_path: Path) -> None:
+    zero = shutil.copytree(pair.adapter, tmp_path / "zero")
+    rewrite(zero / ADAPTER, lambda tensors: {n: t * ("lora_A" in n) for n, t in tensors.items()})
+    with pytest.raises(InputRefused, match="merging would change nothing"):
+        merge(base=pair.base, adapter=[pair.adapter, zero], out=tmp_path / "out")

@@ -8,17 +8,20 @@ import pytest
 from tokenizers import Tokenizer
 
 from exporter.errors import InputRefused
+from exporter.parity import inputs
 from exporter.parity.documents import (
     LEVELS,
     PACKAGED,
     Document,
     Row,
     build_documents,
+    joined_inputs,
     level_rows,
     read_rows,
     tokens_sha256,
 )
 from exporter.prompts import ALPACA, render_instruction
+from exporter.runtime import text
 from tests.parity.conftest import write_tokenizer
 
 ROW = Row("Name three fruits.", "Below is an apple. ### Input:", "Apples, pears and plums.")
@@ -134,3 +137,45 @@ def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputRefused, match="UTF-8"):
         read_rows(tmp_path / "binary.jsonl")
+
+
+CHATML = "{% for m in messages %}{{ bos_token }}<|user|>{{ m.content + eos_token }}{% endfor %}<|assistant|>"
+
+
+def test_a_template_finds_the_special_tokens(tokenizer: Tokenizer) -> None:
+    """Without them `content + eos_token` is refused, and `bos_token` alone is silently nothing."""
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    row = Row("Hi", output="Yes")
+    options = {"template": CHATML, "end_of_text": None, "context": 64, "response_tokens": None}
+    (document,) = build_documents([row], tokenizer, special_tokens=names, **options)
+    assert tokenizer.decode(list(document.tokens)) == "<s><|user|>Hi</s><|assistant|>Yes"
+    with pytest.raises(InputRefused, match="eos_token"):
+        build_documents([row], tokenizer, **options)
+
+
+def test_an_input_goes_behind_its_instruction_where_the_template_has_no_place_for_it() -> None:
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    rows = [ROW, Row("Hi", output="Yes"), Row(text="free")]
+    joined = joined_inputs(rows, CHATML, names)
+    assert joined[0].instruction == f"{ROW.instruction}\n\n{ROW.input}"
+    assert joined[0].input == ""
+    assert joined[1:] == rows[1:]
+    assert joined_inputs(rows, ALPACA, {}) == joined_inputs(rows, None, {}) == rows
+
+
+def test_a_template_with_a_date_gives_the_same_tokens_every_day(tokenizer: Tokenizer) -> None:
+    template = "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
+    (document,) = build([Row("Hi", output="Yes")], tokenizer, template=template)
+    assert tokenizer.decode(list(document.tokens)).startswith("26 Jul 2024: Hi")
+
+
+def test_a_tokenizer_neither_cuts_nor_pads(tmp_path: Path) -> None:
+    """transformers saves what a training run set."""
+    write_tokenizer(tmp_path)
+    saved = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    saved.enable_padding(length=64)
+    saved.enable_truncation(3)
+    saved.save(str(tmp_path / "tokenizer.json"))
+    for load in (inputs.load_tokenizer, text.load_tokenizer):
+        found = load(tmp_path).encode("Name three fruits.").ids
+        assert 3 < len(found) < 64

@@ -46,7 +46,7 @@ CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(**SIZES, **GROUPED),
     "qwen2": Qwen2Config(**SIZES, **GROUPED, tie_word_embeddings=True),
     "opt": OPTConfig(**SIZES, ffn_dim=128, word_embed_proj_dim=64),
-    "bloom": BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=4, max_position_embeddings=256),
+    "bloom": BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=4),
 }
 PACKED = {"q, k, v out of order"}  # no graph of optimum packs q, k, v
 NOT_APPLICABLE = {

@@ -23,7 +23,7 @@ from exporter.parity.scoring import LogitStore
 from exporter.parity.statistics import score
 
 V = 2000
-FACTS: dict[str, Any] = {"tokens_sha256": "t", "base_files": {"m": "1"}, "adapter_files": {"a": "2"}}
+FACTS: dict[str, Any] = {"tokens_sha256": "t", "base_files": {"m": "1"}, "adapter_files": {"a": "2"}, "weights": [1.0]}
 
 
 class Fixed:
@@ -96,7 +96,14 @@ def test_a_nan_of_the_other_side_stays_marked(store: LogitStore, tmp_path: Path)
     assert np.flatnonzero(~pair.finite).tolist() == [2]
 
 
-OTHER = {"tokens_sha256": "x", "base_files": {"m": "9"}, "adapter_files": {"a": "9"}, "rows": 3, "vocabulary": V + 1}
+OTHER = {
+    "tokens_sha256": "x",
+    "base_files": {"m": "9"},
+    "adapter_files": {"a": "9"},
+    "weights": [0.5],
+    "rows": 3,
+    "vocabulary": V + 1,
+}
 
 
 @pytest.mark.parametrize(
@@ -105,6 +112,7 @@ OTHER = {"tokens_sha256": "x", "base_files": {"m": "9"}, "adapter_files": {"a": 
         ("tokens_sha256", "other tokens"),
         ("base_files", "another base"),
         ("adapter_files", "another adapter"),
+        ("weights", "adapter weights"),
         ("rows", "positions over"),
         ("vocabulary", "positions over"),
     ],

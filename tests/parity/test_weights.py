@@ -11,13 +11,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from exporter.errors import InputRefused
+from exporter.graph.export import export
+from exporter.merging.merge import merge
 from exporter.parity.bundles import open_bundle
 from exporter.parity.gates import load_thresholds
 from exporter.parity.mutants import merge_mutants
 from exporter.parity.oracle import Adapted, Oracle
 from exporter.parity.weights import check_elements, check_weights, judge_projection, project, round_to
 from exporter.sources.checkpoint import open_checkpoint
-from tests.parity.conftest import Made, write_adapter, write_base
+from tests.parity.conftest import Made, replace_tensors, write_adapter, write_base
 
 LIMITS = load_thresholds().projection
 
@@ -135,9 +137,6 @@ def test_true_bundles_pass_and_every_merge_mutant_dies(made: Made, oracle: Oracl
 
 
 def test_a_mutant_that_equals_the_original_is_not_applicable_with_its_proof(tmp_path: Path) -> None:
-    from exporter.graph.export import export
-    from exporter.merging.merge import merge
-
     model = write_base(tmp_path / "base", layers=1)
     write_adapter(tmp_path / "adapter", model, r=1)
     merge(base=tmp_path / "base", adapter=tmp_path / "adapter", out=tmp_path / "merged", template="alpaca")
@@ -211,3 +210,60 @@ def test_an_unmerged_layer_is_named(made: Made, copy: Path, oracle: Oracle) -> N
     assert outcome == "FAIL"
     assert "share 0.0000" in detail
     assert "h.1.attn.c_attn.weight" in detail
+
+
+ROUNDINGS = [
+    (torch.bfloat16, "auto", "fp16"),
+    (torch.float32, "float16", "fp32"),
+    (torch.float32, "bfloat16", "fp32"),
+    (torch.bfloat16, "float16", "fp32"),
+    (torch.float16, "auto", "fp32"),
+]
+
+
+@pytest.mark.parametrize(("stored", "merged_as", "precision"), ROUNDINGS, ids=str)
+def test_a_bundle_may_be_rounded_to_the_merges_type_and_then_to_its_own(
+    tmp_path: Path, stored: torch.dtype, merged_as: str, precision: str
+) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model = write_base(base).to(stored)
+    model.save_pretrained(base)
+    write_adapter(adapter, model)
+    merge(base=base, adapter=adapter, out=tmp_path / "merged", dtype=merged_as, template="alpaca")
+    bundle = open_bundle(export(tmp_path / "merged", precision=[precision])[0].directory)
+    oracle = Oracle(open_checkpoint(base), [(adapter, 1.0)])
+    assert {gate.gate: gate.outcome for gate in check_weights(bundle, oracle, LIMITS).gates} == {
+        f"weights.{name}": "PASS" for name in ("elements", "untouched", "projection", "names")
+    }
+    mutants = merge_mutants(bundle, oracle, LIMITS)
+    assert {mutant.name for mutant in mutants if mutant.outcome != "killed"} == {"transposed"}
+
+
+def test_a_third_rounding_is_not_allowed(made: Made, oracle: Oracle, tmp_path: Path) -> None:
+    """fp32 values that went through bfloat16, though base and merge are float16."""
+    (bundle,) = export(made.merged, precision=["fp32"], out=tmp_path)
+    tensors = load_file(bundle.directory / "weights.safetensors")
+    name = next(name for name in tensors if "h.1.attn.c_attn.weight" in name)
+    replace_tensors(bundle.directory, "weights.safetensors", {name: tensors[name].bfloat16().float()})
+    gates = {gate.gate: gate for gate in check_weights(open_bundle(bundle.directory), oracle, LIMITS).gates}
+    assert gates["weights.elements"].outcome == "FAIL"
+
+
+@pytest.mark.parametrize("precision", ["native", "int8"])
+def test_a_target_that_training_left_at_zero_is_judged_by_its_elements(tmp_path: Path, precision: str) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    write_adapter(adapter, write_base(base))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for name in tensors:
+        if ".h.1." in name and "lora_B" in name:
+            tensors[name].zero_()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    merge(base=base, adapter=adapter, out=tmp_path / "merged", template="alpaca")
+    bundle = open_bundle(export(tmp_path / "merged", precision=[precision])[0].directory)
+    oracle = Oracle(open_checkpoint(base), [(adapter, 1.0)])
+    checks = check_weights(bundle, oracle, LIMITS)
+    assert {gate.outcome for gate in checks.gates} == {"PASS"}
+    assert len(checks.projections) == 2
+    mutants = {mutant.name: mutant.outcome for mutant in merge_mutants(bundle, oracle, LIMITS)}
+    assert "survived" not in mutants.values()
+    assert mutants["layers shuffled"] == "killed"

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.errors import EnvironmentLacking, InputRefused
+from exporter.errors import EnvironmentLacking, InputRefused, UsageError
 from exporter.files import sha256_file
 from exporter.graph.bundle import open_bundle
 from exporter.graph.export import export
+from exporter.manifest import write_stage
+from exporter.runtime.generate import generate
 from exporter.runtime.load import load
 from exporter.runtime.memory import needed_memory
 from exporter.runtime.session import cuda_is_usable
@@ -123,3 +125,16 @@ def test_a_graph_from_a_hostile_manifest_is_not_opened(artifacts: Path) -> None:
     manifest.write_text(manifest.read_text().replace('"graph": "model.onnx"', '"graph": "../int8/model.onnx"'))
     with pytest.raises(InputRefused, match=r"\.\./int8"):
         load(artifacts / "int4")
+
+
+def test_the_manifest_of_a_run_is_not_taken_for_a_bundles(artifacts: Path) -> None:
+    """`exporter run` writes a section for each export into its own directory, without a graph in it."""
+    for stage in ("sources", "merge", "export-native-cpu", "export-int8-cpu", "verify"):
+        write_stage(artifacts, stage, {"request": {}, "files": {}})
+    assert load(artifacts).bundle.directory.parent == artifacts
+
+
+@pytest.mark.parametrize("text", ["caf\udce9", "\udcff"])
+def test_a_prompt_that_is_no_utf8_is_refused(artifacts: Path, text: str) -> None:
+    with pytest.raises(UsageError, match="UTF-8"):
+        generate(artifacts / "merged", prompt=text)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from peft import PeftConfig
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -163,15 +163,26 @@ def test_a_second_time_downloads_nothing(hub: Hub) -> None:
 
 
 def test_main_moves_and_a_commit_does_not(hub: Hub) -> None:
-    first = hub.publish(BASE, {"config.json": CONFIG, "model.safetensors": b"first"})
+    files = {"config.json": CONFIG, "README.md": b"a card"}
+    first = hub.publish(BASE, files | {"model.safetensors": b"first"})
     assert resolve(BASE, kind="base").commit == first
-    second = hub.publish(BASE, {"config.json": CONFIG, "model.safetensors": b"second"})
+    second = hub.publish(BASE, files | {"model.safetensors": b"second"})
     assert resolve(BASE, kind="base").commit == second
     requests = len(hub.requests)
     for source in (resolve(f"{BASE}@{first}", kind="base"), resolve(BASE, revision=first, kind="base")):
         assert (source.directory / "model.safetensors").read_bytes() == b"first"
         assert source.commit == source.revision == first
     assert len(hub.requests) == requests, "a cached commit needs no hub"
+
+
+def test_what_a_model_library_left_in_the_cache_is_completed(hub: Hub) -> None:
+    """from_pretrained fetches no tokenizer, template or licence, and a merge needs them."""
+    files = {"config.json": CONFIG, "model.safetensors": b"x", "tokenizer.json": b"{}", "README.md": b"a card"}
+    commit = hub.publish(BASE, files)
+    for name in ("config.json", "model.safetensors"):
+        hf_hub_download(BASE, name, revision=commit)
+    found = resolve(f"{BASE}@{commit}", kind="base").directory
+    assert {path.name for path in found.iterdir()} == files.keys()
 
 
 def test_a_revision_may_have_slashes(hub: Hub) -> None:

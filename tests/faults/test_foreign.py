@@ -18,7 +18,7 @@ def test_run_does_not_take_a_lock_file_for_its_own_output(inputs: Inputs, tmp_pa
     shutil.copytree(inputs.root / "base", out)
     (out / LOCK).touch()
     before = sorted(path.name for path in out.iterdir())
-    with pytest.raises(UsageError, match="something else"):
+    with pytest.raises(UsageError, match="model's own directory"):
         run(base=inputs.root / "base", adapter=inputs.root / "adapter", out=out)
     assert sorted(path.name for path in out.iterdir()) == before
 

@@ -103,7 +103,8 @@ def test_a_right_bundle_passes_and_every_mutant_dies(kind: str, tmp_path: Path) 
     weights = {"weights.elements", "weights.untouched", "weights.projection", "weights.names"}
     assert weights | {"graph.max", "graph.kl", "cache.max", "padding.max", "reference.excess"} <= judged
     assert result.provenance == "known"
-    assert len(result.cache) == 9  # decoded from four places, in chunks, and two pad tokens on each side
+    # decoded from four places, in chunks, and two pad tokens on each side; no document fills BLOOM's 2048 positions
+    assert len(result.cache) == (8 if kind == "bloom" else 9)
     assert all(layer.graph is not None for layer in result.layers)
 
 

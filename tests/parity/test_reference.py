@@ -96,7 +96,7 @@ def test_a_nan_of_the_other_side_stays_marked(store: LogitStore, tmp_path: Path)
     assert np.flatnonzero(~pair.finite).tolist() == [2]
 
 
-OTHER = {
+OTHER: dict[str, Any] = {
     "tokens_sha256": "x",
     "base_files": {"m": "9"},
     "adapter_files": {"a": "9"},
@@ -120,7 +120,7 @@ OTHER = {
 def test_another_runs_file_is_refused(store: LogitStore, tmp_path: Path, key: str, said: str) -> None:
     captured(store, tmp_path / "r.safetensors")
     capture = read_capture(tmp_path / "r.safetensors")
-    expected = FACTS | {"rows": store.rows, "vocabulary": V}
+    expected: dict[str, Any] = FACTS | {"rows": store.rows, "vocabulary": V}
     check_capture(capture, **expected)
     with pytest.raises(InputRefused, match=said):
         check_capture(capture, **expected | {key: OTHER[key]})

@@ -207,6 +207,7 @@ def test_a_capture_that_was_not_made_from_the_8_bit_model(source: str, made: Mad
         tokens_sha256=tokens_sha256(scored.documents),
         base_files=scored.pair.base_files,
         adapter_files=scored.pair.adapter_files,
+        weights=[1.0],
         environment={"device": "cpu"},
     )
     found = verify(

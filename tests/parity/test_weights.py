@@ -226,7 +226,9 @@ def test_a_bundle_may_be_rounded_to_the_merges_type_and_then_to_its_own(
     tmp_path: Path, stored: torch.dtype, merged_as: str, precision: str
 ) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
-    model = write_base(base).to(stored)
+    model = write_base(base)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(stored)
     model.save_pretrained(base)
     write_adapter(adapter, model)
     merge(base=base, adapter=adapter, out=tmp_path / "merged", dtype=merged_as, template="alpaca")

@@ -63,13 +63,30 @@ def write_adapters(directory: Path, adapters: Sequence[RuntimeAdapter]) -> dict[
     return files
 
 
-def write_adapter(path: Path, adapter: RuntimeAdapter) -> None:
-    """onnxruntime's own format, whole or not at all."""
-    values = {
-        name: ort.OrtValue.ortvalue_from_numpy(factor)
+def holds_adapter(path: Path, adapter: RuntimeAdapter) -> bool:
+    """True if `path` is what `write_adapter` writes: an export that was interrupted left it."""
+    try:
+        found = ort.AdapterFormat.read_adapter(str(path)).get_parameters()  # pyright: ignore[reportArgumentType]
+    except Exception:  # onnxruntime's own exceptions have no common base
+        return False
+    values = _parameters(adapter)
+    return found.keys() == values.keys() and all(
+        np.array_equal(value.numpy(), values[name]) for name, value in found.items()
+    )
+
+
+def _parameters(adapter: RuntimeAdapter) -> dict[str, np.ndarray]:
+    """The factors by the names of the graph's inputs."""
+    return {
+        name: factor
         for module, factors in adapter.factors.items()
         for name, factor in zip(factor_names(module), factors, strict=True)
     }
+
+
+def write_adapter(path: Path, adapter: RuntimeAdapter) -> None:
+    """onnxruntime's own format, whole or not at all."""
+    values = {name: ort.OrtValue.ortvalue_from_numpy(factor) for name, factor in _parameters(adapter).items()}
     file = ort.AdapterFormat()
     file.set_adapter_version(VERSION)
     file.set_model_version(VERSION)

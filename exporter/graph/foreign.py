@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.errors import UsageError
-from exporter.graph.adapters import SUFFIX, TEMPLATE_SUFFIX, RuntimeAdapter
+from exporter.graph.adapters import SUFFIX, TEMPLATE_SUFFIX, RuntimeAdapter, holds_adapter
 from exporter.graph.builder import is_ours
 from exporter.graph.bundle import GENAI_CONFIG, GRAPHS, STAGE, Bundle
 from exporter.graph.companions import COMPANIONS
@@ -27,12 +27,12 @@ def refuse_foreign_graph(bundle: Bundle, manifest: dict[str, Any] | None, *, for
 def refuse_foreign_adapters(
     bundle: Bundle, manifest: dict[str, Any] | None, adapters: Sequence[RuntimeAdapter], *, force: bool
 ) -> None:
-    """An adapter's file of this name that no export lists is somebody else's."""
+    """An adapter's file of this name that no export lists is somebody else's, unless it holds this very adapter."""
     stages = (manifest or {"stages": {}})["stages"]
     listed = {name for stage, section in stages.items() if stage.startswith(STAGE) for name in section.get("files", {})}
     for adapter in adapters:
         path = bundle.directory / adapter.file
-        if path.exists() and path.name not in listed and not force:
+        if path.exists() and path.name not in listed and not force and not holds_adapter(path, adapter):
             raise UsageError(
                 f"{path} is there and was not written by exporter",
                 expected="no such file, or one that the manifest lists",

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from exporter.errors import EnvironmentLacking, InputRefused
-from exporter.files import publish, require_free_space
+from exporter.files import partial_path, publish, require_free_space
 from exporter.graph.quantize import quantize_matrix
 from exporter.graph.weights import BLOCK, SCALES, codes_name
 from exporter.merging.layout import ShardLayout, Slot, lay_out
@@ -95,7 +95,7 @@ def write_weights(
     small = [_slot(name, NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in extra.items()]
     layout = lay_out([*(slot for stored in tensors.values() for slot in stored.slots()), *small])
     require_free_space(path.parent, layout.size, f"writing {path.name}")
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_path(path)
     total = sum(stored.source.nbytes for stored in tensors.values())
     try:
         with (

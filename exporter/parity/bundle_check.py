@@ -89,7 +89,7 @@ def verify_bundle(run: Run, bundle: Bundle) -> BundleResult:
     notes = []
     if bundle.provenance == "unknown":
         notes.append("provenance unknown: no manifest lists these files; they were compared by content")
-    notes += [f"{name} beside {bundle.graph.name} was not run: this verdict is not about it" for name in bundle.others]
+    notes += [f"{name}: no CUDA provider is here to run it; this verdict is not about it" for name in bundle.others]
     notes += [no_layers] if no_layers else []
     if _place(run, bundle).is_ranged(bundle.model()):
         notes.append("the graph ran as ranges of its nodes: no batch of unequal rows was decoded, no cache was read")

@@ -22,6 +22,7 @@ from exporter.manifest import MANIFEST, file_is_unchanged, read_manifest
 from exporter.merging.plan import DTYPES as MERGE_DTYPES
 from exporter.parity.int8_base import Onto
 from exporter.progress import SILENT, Progress
+from exporter.runtime.session import cuda_is_usable
 from exporter.sources.own_files import require_own_files
 from exporter.sources.tensors import TensorInfo
 from exporter.sources.values import read_tensor
@@ -50,7 +51,7 @@ class Bundle:
     provenance: str
     hashes: dict[str, str]
     weights: Mapping[str, Weight]
-    others: tuple[str, ...] = ()  # graphs beside this one, which were not run
+    others: tuple[str, ...] = ()  # graphs beside this one that cannot run here
     onto: Onto = "original"  # what the manifest says that the adapter was merged onto
     merge_dtype: str | None = None  # that the manifest says the merge rounded to, where it is not the base's own type
     is_traced: bool = False  # by optimum, as the manifest says: it copies its cache at each call
@@ -77,8 +78,14 @@ class Bundle:
 
 
 def open_bundle(directory: Path, progress: Progress = SILENT) -> Bundle:
-    """Open a bundle and hash every file that its manifest lists, and every file that its graph reads.
+    """The first of `open_bundles`: the graph for cpu, where there is one."""
+    return open_bundles(directory, progress)[0]
 
+
+def open_bundles(directory: Path, progress: Progress = SILENT) -> list[Bundle]:
+    """A bundle for each graph in `directory`, cpu first; every file that is listed or read is hashed, once.
+
+    A graph for cuda beside one for cpu is left out where no CUDA provider is: the first then bears its name.
     InputRefused: no graph, a hash that differs from the manifest, a graph that points at anything but whole tensors.
     """
     if not directory.is_dir():
@@ -91,27 +98,33 @@ def open_bundle(directory: Path, progress: Progress = SILENT) -> Bundle:
             expected=" or ".join(GRAPHS),
             todo="run `exporter export` on this checkpoint",
         )
-    graph = graphs[0]
-    model = load_graph(graph)
-    weights, files = _graph_weights(graph, model)
-    is_traced = any(one.precision == "optimum" for one in bundles_in(directory) if one.graph == graph)
-    require_our_operators(graph, model, NOT_TRACED if is_traced else NOT_OURS)
-    hashes, provenance = _check_hashes(directory, [graph, *files], progress)
-    others = tuple(path.name for path in graphs[1:])
-    onto = merged_onto(directory)
-    return Bundle(
-        directory,
-        graph,
-        _format(model),
-        _target(model),
-        provenance,
-        hashes,
-        weights,
-        others,
-        onto,
-        merge_dtype(directory),
-        is_traced,
-    )
+    models = {graph: load_graph(graph) for graph in graphs}
+    first, *beside = graphs
+    left = [graph for graph in beside if _target(models[graph]) == "cuda" and not cuda_is_usable()]
+    taken = [graph for graph in graphs if graph not in left]
+    traced = {one.graph for one in bundles_in(directory) if one.precision == "optimum"}
+    weights = {}
+    for graph in taken:
+        weights[graph] = _graph_weights(graph, models[graph])
+        require_our_operators(graph, models[graph], NOT_TRACED if graph in traced else NOT_OURS)
+    files = {graph: [graph, *weights[graph][1]] for graph in taken}
+    hashes, hashed = _check_hashes(directory, sorted({path for read in files.values() for path in read}), progress)
+    return [
+        Bundle(
+            directory,
+            graph,
+            _format(models[graph]),
+            _target(models[graph]),
+            "known" if hashed.issuperset(files[graph]) else "unknown",
+            hashes,
+            weights[graph][0],
+            tuple(path.name for path in left) if graph == first else (),
+            merged_onto(directory),
+            merge_dtype(directory),
+            graph in traced,
+        )
+        for graph in taken
+    ]
 
 
 def merged_onto(directory: Path) -> Onto:
@@ -202,8 +215,8 @@ def _parts(weight: Weight) -> list[TensorInfo]:
     return [weight]
 
 
-def _check_hashes(directory: Path, read: list[Path], progress: Progress) -> tuple[dict[str, str], str]:
-    """Digests of every file that the manifest lists or the graph reads, and the provenance: known or unknown."""
+def _check_hashes(directory: Path, read: list[Path], progress: Progress) -> tuple[dict[str, str], set[Path]]:
+    """Digests of every file that the manifest lists or a graph reads, and those files whose digest it records."""
     manifest = read_manifest(directory)
     expected = listed_files(manifest) if manifest else {}
     paths = sorted({*(directory / name for name in expected), *read})
@@ -229,8 +242,7 @@ def _check_hashes(directory: Path, read: list[Path], progress: Progress) -> tupl
                 expected=f"{recorded[:16]}..., as exporter.json records" if recorded else "the file that was exported",
                 todo="the file was changed after it was made: make it again",
             )
-    known = all(expected.get(path.name, {}).get("sha256") is not None for path in read)
-    return hashes, "known" if known else "unknown"
+    return hashes, {path for path in read if expected.get(path.name, {}).get("sha256") is not None}
 
 
 def listed_files(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

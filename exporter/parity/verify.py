@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 
 from exporter.errors import InputRefused, UsageError
-from exporter.files import human_bytes, require_free_space, write_atomically
+from exporter.files import human_bytes, require_free_space, sha256_file, write_atomically
 from exporter.manifest import versions
 from exporter.parity.bases import BaseOptions
 from exporter.parity.blocks_choice import Fp32Model, Memory, score_fp32
 from exporter.parity.blocks_specs import base_blocks, merged_blocks, truth_blocks
 from exporter.parity.bundle_check import Run, verify_bundle
-from exporter.parity.bundles import Bundle, open_bundle
+from exporter.parity.bundles import Bundle, open_bundles
 from exporter.parity.documents import LEVELS, Level, tokens_sha256
+from exporter.parity.finished import Finished
 from exporter.parity.gates import load_thresholds
 from exporter.parity.inputs import Pair, check_bundle_inputs, find_template, make_documents, open_pair, resolve_pair
 from exporter.parity.int8_base import Onto
@@ -76,7 +77,7 @@ def verify(
     resolved, weighted = resolve_pair(base, adapter, weight, progress)
     watched = watch_all([resolved, *(source for source, _ in weighted), *directories])
     pair = open_pair(resolved, weighted, progress)
-    opened = [open_bundle(directory, progress) for directory in directories]
+    opened = [one for directory in directories for one in open_bundles(directory, progress)]
     adapters = [find_adapter(one, pair) for one in opened]
     onto = _one_onto(opened)
     template = find_template(directories, pair)
@@ -95,7 +96,8 @@ def verify(
         common = common_pairs(store, source, progress)
         run = Run(pair, oracle, documents, store, source, common, load_thresholds(), level, progress, memory)
         merge_bases = compare_merge_bases(pair, oracle, store, source, common.merge, level, memory, progress)
-        results = tuple(verify_bundle(run, one) for one in with_adapters(opened, adapters, directory))
+        finished = Finished(directory, {"level": level, "memory": memory, "reference": _reference_digest(reference)})
+        results = tuple(_verified(run, one, finished) for one in with_adapters(opened, adapters, directory))
     require_unchanged(watched)
     return Verification(
         schema_version=SCHEMA_VERSION,
@@ -107,6 +109,22 @@ def verify(
         notes=tuple(notes),
         merge_bases=merge_bases,
     )
+
+
+def _verified(run: Run, bundle: Bundle, finished: Finished) -> BundleResult:
+    """What an interrupted run found of this bundle, else what is found now."""
+    before = finished.read(bundle)
+    if before is not None:
+        run.progress.note(f"{bundle.directory}: verified before, unchanged")
+        return before
+    found = verify_bundle(run, bundle)
+    finished.write(bundle, found)
+    return found
+
+
+def _reference_digest(reference: str | Path) -> str:
+    """Of a captured file; the 8-bit model of this run is what the scratch directory is named by."""
+    return "int8" if str(reference) == "int8" else sha256_file(Path(reference))
 
 
 def _one_onto(bundles: Sequence[Bundle]) -> Onto:

@@ -486,6 +486,18 @@ def test_foreign_adapter_files_are_not_overwritten(family: Family, tmp_path: Pat
     assert not (base / "model.onnx").exists()
 
 
+def test_an_export_that_was_killed_after_its_adapters_is_repeated(family: Family, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(family.base.directory, tmp_path / "base"))
+    asked = {"base": base, "adapter": family.adapters["head"], "adapters": "separate", "out": base}
+    before = {path.name for path in base.iterdir()}
+    export(**asked)
+    made = {path.name for path in base.iterdir()} - before
+    for name in made - {"head.onnx_adapter"}:
+        (base / name).unlink()
+    export(**asked)
+    assert {path.name for path in base.iterdir()} - before == made
+
+
 def test_an_adapter_that_is_left_out_leaves_no_file_behind(family: Family, tmp_path: Path) -> None:
     spoken = shutil.copytree(family.adapters["head"], tmp_path / "spoken")
     (spoken / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")

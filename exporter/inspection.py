@@ -15,7 +15,7 @@ from exporter.merging.plan import MergePlan, Onto
 from exporter.merging.request import MergeOptions
 from exporter.progress import SILENT, Progress
 from exporter.sources.hub import Source, resolve
-from exporter.sources.tokenizer import tokenizer_files
+from exporter.sources.tokenizer import build_tokenizer_json, tokenizer_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,9 @@ def _zero_factors(plan: MergePlan, base: Source, adapters: Sequence[Source]) -> 
 
 
 def _tokenizer(plan: MergePlan, base: Source, adapters: Sequence[Source]) -> None:
-    tokenizer_files(base.directory, [source.directory for source in adapters])
+    chosen = tokenizer_files(base.directory, [source.directory for source in adapters])
+    if not chosen.has_fast:
+        build_tokenizer_json(chosen.directory)
 
 
 def _describe(

@@ -83,6 +83,16 @@ def test_inspect_lists_problems_and_exits_as_merge_would(call: Call, pair: Pair,
     assert "peft_type" in json.loads(done.out)["problems"][0]
 
 
+def test_inspect_refuses_a_vocabulary_that_merge_could_not_build(call: Call, pair: Pair) -> None:
+    """A GPT-2 tokenizer of 2023: no tokenizer.json, and here a merge of tokens that the vocabulary lacks."""
+    for path in pair.base.glob("*token*"):
+        path.unlink()
+    (pair.base / "vocab.json").write_text('{"a": 0, "b": 1}')
+    (pair.base / "merges.txt").write_text("#version: 0.2\nc d\n")
+    done = call("inspect", "--base", pair.base, "--adapter", pair.adapter, "--json", code=4)
+    assert "tokenizer files" in json.loads(done.out)["problems"][0]
+
+
 def test_offline_with_a_hub_id_is_5(call: Call) -> None:
     """tests/forked.py's processes are offline."""
     done = call("inspect", "--base", "owner/base", "--adapter", "owner/adapter", "--json", code=5)

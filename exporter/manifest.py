@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -105,6 +106,11 @@ def file_is_unchanged(path: Path, entry: dict[str, Any]) -> bool:
 
 def versions() -> dict[str, str]:
     """The versions of what takes part, and the processor: what a digest may depend on."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> Mapping[str, str]:
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for package in PACKAGES:
         try:

@@ -1,6 +1,7 @@
 """verify where models do not fit into memory: the same figures, less memory, and a killed run goes on."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 from transformers import GPT2Config
 
-from exporter.parity.result import Verification
+from exporter.parity.bundle_check import Run
+from exporter.parity.bundles import Bundle
+from exporter.parity.result import BundleResult, Verification
 from exporter.parity.verify import verify
 from exporter.progress import SILENT
 from tests.pairs import make_pair
@@ -93,12 +96,18 @@ def figures(found: Verification) -> dict[str, Any]:
     return values
 
 
-def test_a_killed_run_goes_on_and_finds_what_whole_models_find(made: Made, tmp_path: Path) -> None:
-    scratch, notes = tmp_path / "scratch", Notes()
-    killed = python(KILLED, made.base, made.adapter, made.merged, made.prompts, scratch)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+@pytest.fixture(scope="module")
+def killed(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scratch directory of a run that was killed in the third block of T."""
+    scratch = tmp_path_factory.mktemp("killed") / "scratch"
+    ended = python(KILLED, made.base, made.adapter, made.merged, made.prompts, scratch)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert list(scratch.glob("*/R.f32"))
+    return scratch
 
+
+def test_a_killed_run_goes_on_and_finds_what_whole_models_find(made: Made, killed: Path, tmp_path: Path) -> None:
+    scratch, notes = Path(shutil.copytree(killed, tmp_path / "scratch")), Notes()
     asked: Any = {"base": made.base, "adapter": made.adapter, "bundle": made.merged, "prompts": made.prompts}
     found = verify(**asked, scratch=scratch, memory="blocks", progress=notes)
     assert "score R: done before" in notes.said
@@ -113,30 +122,29 @@ def test_a_killed_run_goes_on_and_finds_what_whole_models_find(made: Made, tmp_p
     assert figures(found) == figures(whole)
 
 
-def test_what_another_run_left_is_not_taken_for_this_one(made: Made, tmp_path: Path) -> None:
-    killed = python(KILLED, made.base, made.adapter, made.merged, made.prompts, tmp_path)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    lines = made.prompts.read_text().splitlines(keepends=True)
-    (tmp_path / "others.jsonl").write_text("".join(lines[:2]))
-    notes = Notes()
-    verify(
-        base=made.base,
-        adapter=made.adapter,
-        bundle=made.merged,
-        prompts=tmp_path / "others.jsonl",
-        scratch=tmp_path,
-        progress=notes,
-    )
+def test_what_another_run_left_is_not_taken_for_this_one(
+    made: Made, killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(run: Run, bundle: Bundle) -> BundleResult:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("exporter.parity.verify.verify_bundle", stop)
+    scratch, others, notes = Path(shutil.copytree(killed, tmp_path / "scratch")), tmp_path / "others.jsonl", Notes()
+    others.write_text("".join(made.prompts.read_text().splitlines(keepends=True)[:2]))
+    asked: Any = {"base": made.base, "adapter": made.adapter, "bundle": made.merged, "prompts": others}
+    with pytest.raises(KeyboardInterrupt):
+        verify(**asked, scratch=scratch, progress=notes)
     assert "score R" in notes.said
+    assert "score R: done before" not in notes.said
 
 
 def test_block_by_block_takes_a_fraction_of_the_models_memory(tmp_path: Path) -> None:
-    """A model of 100M parameters, 403 MB in float32, in 8 blocks."""
+    """A model of 57M parameters, 226 MB in float32, in 8 blocks."""
     config = GPT2Config(
-        n_embd=1024, n_layer=8, n_head=8, n_positions=64, vocab_size=257, bos_token_id=256, eos_token_id=256
+        n_embd=768, n_layer=8, n_head=8, n_positions=64, vocab_size=257, bos_token_id=256, eos_token_id=256
     )
     pair = make_pair(tmp_path, config)
-    size = 4 * 12 * 1024**2 * 8 / 1024  # kilobytes, as /proc counts
+    size = 4 * 12 * 768**2 * 8 / 1024  # kilobytes, as /proc counts
     peaks = {}
     for kind in ("whole", "blocks"):
         done = python(PEAK, kind, pair.base, pair.adapter, tmp_path / "states")

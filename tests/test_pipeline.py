@@ -1,0 +1,62 @@
+"""`exporter run` over several precisions and targets; what its stages do themselves is tested with them."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import exporter
+from exporter.pipeline import PARITY_FILES, RunResult
+from tests.pairs import Pair
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[Path]]:
+    """The bundles that each run asks to be verified; the verdict is the stand-in's."""
+    found: list[list[Path]] = []
+
+    def verify(*, bundle: list[Path], report: Path, **others: Any) -> SimpleNamespace:
+        found.append(bundle)
+        report.mkdir(exist_ok=True)
+        for name in PARITY_FILES:
+            (report / name).write_text("")
+        return SimpleNamespace(verdict="PASS", exit_code=0)
+
+    monkeypatch.setattr("exporter.verification.verify", verify)
+    return found
+
+
+def run(pair: Pair, out: Path, **options: Any) -> RunResult:
+    return exporter.run(base=pair.base, adapter=pair.adapter, out=out, **options)
+
+
+def test_both_targets_in_native_precision_are_one_directory(
+    pair: Pair, tmp_path: Path, asked: list[list[Path]]
+) -> None:
+    out = tmp_path / "out"
+    done = run(pair, out, target=("cuda", "cpu"))
+    assert [stage.name for stage in done.stages] == ["merge", "export-native-cpu", "export-native-cuda", "verify"]
+    assert {"model.onnx", "model_cuda.onnx"} <= {path.name for path in (out / "merged").iterdir()}
+    assert asked == [[out / "merged"]]
+    assert run(pair, out, target=("cuda", "cpu")).did_nothing
+
+
+def test_another_precision_has_a_directory_for_each_target(pair: Pair, tmp_path: Path, asked: list[list[Path]]) -> None:
+    out = tmp_path / "out"
+    run(pair, out, precision=("native", "int8"), target=("cpu", "cuda"))
+    assert asked == [[out / "merged", out / "int8", out / "int8-cuda"]]
+    assert (out / "int8/model.onnx").is_file()
+    assert (out / "int8-cuda/model_cuda.onnx").is_file()
+
+
+def test_a_graph_that_was_deleted_is_made_again_and_verified_again(
+    pair: Pair, tmp_path: Path, asked: list[list[Path]]
+) -> None:
+    out = tmp_path / "out"
+    run(pair, out, target=("cpu", "cuda"))
+    (out / "merged/model_cuda.onnx").unlink()
+    redone = [stage.name for stage in run(pair, out, target=("cpu", "cuda")).stages if not stage.skipped]
+    assert "export-native-cuda" in redone
+    assert "merge" not in redone
+    assert (out / "merged/model_cuda.onnx").is_file()

@@ -128,9 +128,10 @@ def serve() -> None:
 
     import exporter
     from exporter import cli
+    from exporter.graph import quantize
 
     torch.set_num_threads(1)
-    _ = transformers.GPT2LMHeadModel, bitsandbytes.nn, onnxruntime.InferenceSession, cli.main
+    _ = transformers.GPT2LMHeadModel, bitsandbytes.nn, onnxruntime.InferenceSession, cli.main, quantize.REACH
     for name in exporter.FUNCTIONS:
         getattr(exporter, name)
     for line in sys.stdin:

@@ -20,11 +20,11 @@ from exporter.graph.bundle import Bundle
 from exporter.graph.components import ACCURACY_LEVEL
 from exporter.graph.dequantize import dequantized_weights
 from exporter.graph.export import export
-from exporter.graph.quantize import quantize_blocks
 from exporter.graph.weights import WEIGHTS
 from exporter.runtime.load import load
 from exporter.sources.safetensors_file import read_header
 from tests.graph.ggml import BLOCK, q4_0, q8_0, rounded_to_nearest
+from tests.graph.quantizing import restored
 
 PACKAGE = Path(exporter.__file__).parent
 DOCUMENTS, LENGTH, DRAWS = 4, 64, 4
@@ -149,8 +149,7 @@ def requantize(model: GPT2LMHeadModel, original: GPT2LMHeadModel, quantizer: Qua
 
 def chosen(blocks: np.ndarray, bits: int) -> np.ndarray:
     """What the export makes of blocks (n, 32)."""
-    q = quantize_blocks(torch.from_numpy(blocks.T.copy()).unsqueeze(0), bits)
-    return ((q.codes.float() - (1 << (bits - 1))) * q.scales.float().unsqueeze(1))[0].T.numpy()
+    return restored(torch.from_numpy(blocks), bits).numpy()
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

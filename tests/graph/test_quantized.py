@@ -17,10 +17,11 @@ from exporter.graph.bundle import Bundle, bundle_weights
 from exporter.graph.components import ACCURACY_LEVEL
 from exporter.graph.dequantize import dequantized_weights, unpack
 from exporter.graph.export import export
-from exporter.graph.quantize import pack, quantize_blocks
+from exporter.graph.quantize import quantize_matrix
 from exporter.graph.weights import BLOCK, BLOCKS, WEIGHTS, Quantized
 from exporter.runtime.load import load
 from tests.graph.conftest import TinyModel, tiny_model, tokens
+from tests.graph.quantizing import quantized, restored
 
 IDS = tokens(24)
 
@@ -95,12 +96,6 @@ def test_every_weight_is_near_the_checkpoints(tmp_path: Path, tiny: TinyModel, p
             assert error == 0, name
 
 
-def restored(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """What quantize_blocks makes of (blocks, BLOCK) values."""
-    q = quantize_blocks(values.T.contiguous().unsqueeze(0), bits)
-    return ((q.codes.float() - (1 << (bits - 1))) * q.scales.float().unsqueeze(1))[0].T
-
-
 def brute_force_error(block: np.ndarray, bits: int) -> float:
     """The best squared error over a fine grid of scales of either sign."""
     half = 1 << (bits - 1)
@@ -131,9 +126,9 @@ def test_no_value_moves_further_than_the_clipped_range_allows(seed: int, scale: 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_block_of_zeros_stays_zero(bits: int) -> None:
-    q = quantize_blocks(torch.zeros(1, BLOCK, 1), bits)
-    assert set(q.codes.flatten().tolist()) == {1 << (bits - 1)}
-    assert q.scales.tolist() == [[1.0]]
+    codes, scales = quantized(torch.zeros(1, BLOCK), bits)
+    assert set(codes.flatten().tolist()) == {1 << (bits - 1)}
+    assert scales.tolist() == [1.0]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
@@ -148,11 +143,18 @@ def test_weights_that_have_no_scale_are_refused_by_name(tmp_path: Path, precisio
     assert not (tmp_path / precision).exists()
 
 
-@given(st.lists(st.integers(0, 15), min_size=BLOCK, max_size=BLOCK))
-def test_packing_puts_the_low_bits_first(codes: list[int]) -> None:
-    packed = pack(torch.tensor(codes, dtype=torch.uint8).view(1, BLOCK, 1), 4).flatten()
-    assert packed.tolist()[0] == codes[0] | codes[1] << 4
-    assert unpack(packed, 4).tolist() == codes
+@pytest.mark.parametrize("bits", [4, 8])
+@given(data=st.data())
+def test_packing_puts_the_low_bits_first(bits: int, data: st.DataObject) -> None:
+    """Whole numbers whose least is at the negative end are their own codes."""
+    half = 1 << (bits - 1)
+    wanted = data.draw(st.lists(st.integers(0, 2 * half - 1), min_size=BLOCK, max_size=BLOCK))
+    wanted[data.draw(st.integers(0, BLOCK - 1))] = 0
+    codes, scales = torch.empty(1, 1, BLOCK * bits // 8, dtype=torch.uint8), torch.empty(1, 1, dtype=torch.float16)
+    quantize_matrix(torch.tensor([wanted]).float().T - half, bits, codes, scales)
+    assert scales.item() == 1
+    assert codes[0, 0, 0] == (wanted[0] | wanted[1] << 4 if bits == 4 else wanted[0])
+    assert unpack(codes[0, 0], bits).tolist() == wanted
 
 
 def test_the_manifest_counts_every_bit(tmp_path: Path, tiny: TinyModel) -> None:

@@ -279,6 +279,10 @@ class _Run:
             "files": [describe_file(path)["sha256"] for path in files],
             "stages": {name: self._digests(name) for name in self._stages_before_verify()},
         }
+        if "cuda" in self.spec.export.targets:
+            from exporter.runtime.session import cuda_is_usable
+
+            request["cuda"] = cuda_is_usable()  # without it these graphs are not run: no reason not to run them later
 
         def work() -> Mapping[str, Any]:
             from exporter.verification import verify

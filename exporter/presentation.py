@@ -104,8 +104,11 @@ def bundles(made: Bundles) -> str:
 
 
 def verification(result: "Verification") -> str:
-    lines = [f"{bundle.directory}: {bundle.verdict}" for bundle in result.bundles]
-    for bundle in result.bundles:
+    from exporter.report.figures import bundle_names
+
+    lines = []
+    for name, bundle in zip(bundle_names(result.bundles), result.bundles, strict=True):
+        lines.append(f"{name}: {bundle.verdict}")
         for gate in bundle.gates:
             if gate.outcome in ("FAIL", "INCONCLUSIVE"):
                 figure = "none" if gate.estimate is None else f"{gate.estimate:.3g}"
@@ -130,10 +133,9 @@ def run(result: "RunResult") -> str:
         lines.append("nothing to do: every stage was done before, and its files are unchanged")
     lines += [f"{stage.name:22s} {'unchanged' if stage.skipped else 'done'}" for stage in result.stages]
     graphs = sorted({name for stage in result.stages for name in stage.files if name.endswith(".onnx")})
-    weights = sorted(name for stage in result.stages for name in stage.files if name.startswith("merged/model"))
-    lines.append(
-        f"merged weights         {directory / 'merged'} ({sum(n.endswith('.safetensors') for n in weights)} file)"
-    )
+    listed = {name for stage in result.stages for name in stage.files if name.startswith("merged/")}
+    count = sum(name.endswith(".safetensors") for name in listed)
+    lines.append(f"merged weights         {directory / 'merged'} ({count} file{'s' if count != 1 else ''})")
     lines += [f"ONNX                   {directory / name}" for name in graphs]
     lines.append(f"report                 {directory / 'parity' / 'report.html'}")
     lines.append(result.verdict)

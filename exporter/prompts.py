@@ -86,11 +86,12 @@ def render_chat(
         ) from error
 
 
-def takes_input(template: str, *, special_tokens: Mapping[str, str] | None = None) -> bool:
+def takes_input(template: str, *, special_tokens: Mapping[str, str] | None = None, today: str | None = None) -> bool:
     """True if the template has a place for an input beside the instruction."""
     message = {"role": "user", "content": "instruction"}
     with_input, without = (
-        render_chat(template, [one], special_tokens=special_tokens) for one in (message | {"input": "input"}, message)
+        render_chat(template, [one], special_tokens=special_tokens, today=today)
+        for one in (message | {"input": "input"}, message)
     )
     return with_input != without
 

@@ -66,19 +66,6 @@ def bundles_in(directory: Path) -> list[Bundle]:
     return sorted(found, key=lambda bundle: (bundle.target != "cpu", bundle.precision))
 
 
-def open_bundle(directory: Path, target: str | None = None) -> Bundle:
-    """The bundle in `directory`, for `target` if given, else cpu before cuda. InputRefused where there is none."""
-    found = bundles_in(directory)
-    fitting = [bundle for bundle in found if target in (None, bundle.target)]
-    if not fitting:
-        raise InputRefused(
-            f"{directory} holds no exported graph" + (f" for {target}" if target and found else ""),
-            expected="a directory that `exporter export` has written",
-            todo=f"run: exporter export {directory}" + (f" --target {target}" if target else ""),
-        )
-    return fitting[0]
-
-
 def bundle_weights(bundle: Bundle) -> Mapping[str, Weight]:
     """The stored weights by checkpoint name; headers only."""
     own = bundle.directory / WEIGHTS

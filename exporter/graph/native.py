@@ -9,7 +9,7 @@ from exporter.graph.architectures import read_decoder
 from exporter.graph.bundle import GRAPHS, Bundle, describe_known, describe_unread, known_sha256
 from exporter.graph.foreign import refuse_foreign_adapters, refuse_foreign_graph
 from exporter.graph.provenance import provenance
-from exporter.graph.publish import bundle_section, publish_section, write_graph
+from exporter.graph.publish import bundle_section, publish_section, retire_written_over, write_graph
 from exporter.manifest import read_manifest
 from exporter.progress import Progress
 from exporter.sources.checkpoint import Checkpoint, open_checkpoint
@@ -56,10 +56,12 @@ def export_native(
                 require_finite(info for info in checkpoint.tensors.values() if info.file in unseen)
             weights = {file.name: describe_known(file, manifest) for file in checkpoint.files}
         require_unchanged(watched)
+        written = weights | write_adapters(directory, adapters)
+        gone = retire_written_over(bundle, written)
         write_graph(bundle, decoder, checkpoint.tensors, checkpoint.config, adapters)
         section = bundle_section(bundle, weights, facts)
-        section["files"] |= write_adapters(directory, adapters)
-        publish_section(bundle, section)
+        section["files"] |= written
+        publish_section(bundle, section, gone)
     return bundle
 
 

@@ -3,14 +3,12 @@
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 from exporter.errors import EnvironmentLacking, ExporterError, InputRefused, UsageError, lacking
-from exporter.files import human_bytes, lock_directory, publish, require_free_space
+from exporter.files import human_bytes, lock_directory, publish, removed_if_empty, require_free_space
 from exporter.graph.bundle import GRAPHS, Bundle
 from exporter.graph.companions import companions
 from exporter.graph.free_memory import free_main_memory
@@ -43,10 +41,14 @@ def export_with_optimum(
     cost = estimate_cost(checkpoint)
     _require_memory(cost)
     progress.note(f"optimum loads, traces and saves the whole model: {cost}")
-    require_free_space(out, DISK_FACTOR * checkpoint.nbytes, "exporting with optimum")
+    with removed_if_empty(directory), lock_directory(directory):
+        _remove_leftovers(directory)
+        require_free_space(directory, DISK_FACTOR * checkpoint.nbytes, "exporting with optimum")
+        return _export(checkpoint, directory, cost, progress)
+
+
+def _export(checkpoint: Checkpoint, directory: Path, cost: "Cost", progress: Progress) -> Bundle:
     with (
-        lock_directory(directory),
-        _without_leftovers(directory),
         tempfile.TemporaryDirectory(prefix=".optimum.", suffix=".partial", dir=directory) as scratch,
         progress.task(f"optimum exports {checkpoint.directory.name}", 1) as task,
     ):
@@ -125,12 +127,10 @@ def _require_optimum() -> None:
         ) from error
 
 
-@contextmanager
-def _without_leftovers(directory: Path) -> Iterator[None]:
-    """What an export that was killed had left half-made, several times the model's size, is removed first."""
+def _remove_leftovers(directory: Path) -> None:
+    """What an export that was killed had left half-made: several times the model's size."""
     for left in directory.glob(".optimum.*.partial"):
         shutil.rmtree(left, ignore_errors=True)
-    yield
 
 
 def _trace(checkpoint: Path, output: Path) -> None:

@@ -60,30 +60,45 @@ def bundle_section(bundle: Bundle, weights: dict[str, dict[str, Any]], facts: di
     } | facts
 
 
-def publish_section(bundle: Bundle, section: dict[str, Any]) -> None:
-    """Write the manifest's section.
+def retire_written_over(bundle: Bundle, written: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Take bundles of other sections away whose graph, weights or adapters this one writes over.
 
-    A file that it took over is no longer listed under another target, and a bundle whose graph or weights it wrote over
-    is gone.
+    written: entries of this one's weights and adapters, by file name. Before its graph is written: genai's file names
+    the graph that is left. Returns what the bundles had listed, for `publish_section`.
     """
-    earlier = (read_manifest(bundle.directory) or {"stages": {}})["stages"].get(bundle.stage, {}).get("files", {})
+    gone: dict[str, dict[str, Any]] = {}
     for other in bundles_in(bundle.directory):
         if other.stage == bundle.stage:
             continue
-        listed = other.section
-        if _is_written_over(listed["files"], section["files"]):
-            earlier = {**listed["files"], **earlier}
+        listed = other.section["files"]
+        if other.graph == bundle.graph or _is_written_over(listed, written):
+            gone |= listed
             remove_stage(bundle.directory, other.stage)
-        elif GENAI_CONFIG in section["files"] and GENAI_CONFIG in listed["files"]:
-            del listed["files"][GENAI_CONFIG]
-            write_stage(bundle.directory, other.stage, listed)
-    write_stage(bundle.directory, bundle.stage, section)
-    _remove_dropped(bundle.directory, earlier)
+            if other.graph != bundle.graph and file_is_unchanged(other.graph, listed.get(other.graph.name, {})):
+                other.graph.unlink()
+    return gone
 
 
 def _is_written_over(listed: Mapping[str, dict[str, Any]], now: Mapping[str, dict[str, Any]]) -> bool:
-    pairs = ((listed[name].get("sha256"), now[name]["sha256"]) for name in listed.keys() & now.keys() - {GENAI_CONFIG})
+    pairs = ((listed[name].get("sha256"), now[name]["sha256"]) for name in listed.keys() & now.keys())
     return any(one != other for one, other in pairs if one and other)  # unread weights have no hash
+
+
+def publish_section(bundle: Bundle, section: dict[str, Any], gone: Mapping[str, dict[str, Any]]) -> None:
+    """Write the manifest's section, and what other sections say of the files that they share with it.
+
+    gone: what `retire_written_over` returned; its small files go, unless a section lists them still.
+    """
+    earlier = (read_manifest(bundle.directory) or {"stages": {}})["stages"].get(bundle.stage, {}).get("files", {})
+    for other in bundles_in(bundle.directory):
+        if other.stage != bundle.stage:
+            listed = other.section
+            files = {name: section["files"].get(name, entry) for name, entry in listed["files"].items()}
+            if GENAI_CONFIG in section["files"]:
+                files.pop(GENAI_CONFIG, None)
+            write_stage(bundle.directory, other.stage, listed | {"files": files})
+    write_stage(bundle.directory, bundle.stage, section)
+    _remove_dropped(bundle.directory, {**gone, **earlier})
 
 
 def _remove_dropped(directory: Path, earlier: Mapping[str, dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from exporter.graph.components import ACCURACY_LEVEL
 from exporter.graph.decoder import MATRICES, Decoder, decoder_weights
 from exporter.graph.foreign import refuse_foreign_directory
 from exporter.graph.provenance import merge_facts, provenance
-from exporter.graph.publish import bundle_section, publish_section, write_graph
+from exporter.graph.publish import bundle_section, publish_section, retire_written_over, write_graph
 from exporter.graph.quantized_file import Stored, bits_per_weight, write_weights
 from exporter.graph.weights import WEIGHTS, open_weights
 from exporter.manifest import describe_file, read_manifest
@@ -71,6 +71,9 @@ def write_bundle(
     with removed_if_empty(directory), lock_directory(directory), disk_errors(directory):
         sources = {file.name: describe_known(file, manifest)["sha256"] for file in checkpoint.files}
         digests = write_weights(directory / WEIGHTS, stored, progress, extra=extra)
+        weights = {WEIGHTS: describe_file(directory / WEIGHTS)}
+        written = weights | write_adapters(directory, adapters)
+        gone = retire_written_over(bundle, written)
         for name, data in small.items():
             write_atomically(directory / name, data)
         decoder = read_decoder(checkpoint.config)
@@ -81,10 +84,9 @@ def write_bundle(
             matrices = [stored[one.name] for short, one in own.items() if decoder.parameters[short].kind in MATRICES]
             bits = {"matrices": bits_per_weight(matrices), "all": bits_per_weight(stored.values())}
             facts |= {"block": min(blocks), "bits_per_weight": bits, "accuracy_level": ACCURACY_LEVEL[bundle.target]}
-        section = bundle_section(bundle, {WEIGHTS: describe_file(directory / WEIGHTS)}, facts)
-        section["files"] |= {name: describe_file(directory / name) for name in small}
-        section["files"] |= write_adapters(directory, adapters)
-        publish_section(bundle, section)
+        section = bundle_section(bundle, weights, facts)
+        section["files"] |= written | {name: describe_file(directory / name) for name in small}
+        publish_section(bundle, section, gone)
     return bundle
 
 

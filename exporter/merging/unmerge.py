@@ -16,7 +16,6 @@ from exporter.files import (
     LOCK,
     disk_errors,
     lock_directory,
-    partial_path,
     publish,
     removed_if_empty,
     require_free_space,
@@ -24,7 +23,7 @@ from exporter.files import (
 )
 from exporter.manifest import describe_file, file_is_unchanged, read_manifest, stamp, versions, write_stage
 from exporter.merging.account import is_account
-from exporter.merging.card import index_bytes, shard_names
+from exporter.merging.card import index_bytes
 from exporter.merging.changes import AddVector, LowRank
 from exporter.merging.journal import FinishedShard, Journal
 from exporter.merging.layout import Slot, lay_out
@@ -38,7 +37,7 @@ from exporter.sources.adapter import open_adapter
 from exporter.sources.checkpoint import Checkpoint, open_checkpoint
 from exporter.sources.hub import resolve
 from exporter.sources.own_files import require_own_files
-from exporter.sources.unchanged import require_unchanged, watch
+from exporter.sources.unchanged import require_unchanged, watch, watch_all
 
 STAGE = "unmerge"
 
@@ -79,13 +78,16 @@ def unmerge(
     adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter)
     checkpoint = open_checkpoint(directory)
     original = open_checkpoint(resolve(base, kind="base", progress=progress).directory) if base is not None else None
-    watched = watch([*checkpoint.files, *(original.files if original else ())])
-    plan = _plan(checkpoint, original, adapters, section, progress)
+    sources = [resolve(one, kind="adapter", progress=progress).directory for one in adapters]
+    beside = watch_all([*sources, *([original.directory] if original else [])])
+    watched = watch(checkpoint.files) | beside
+    plan = _plan(checkpoint, original, sources, section)
     if _is_done(target, checkpoint.directory, section):
         with suppress(ExporterError, OSError), lock_directory(target):
             remove_partials(target, None)
         return _unmerged(target, plan)
-    request = {"unmerge": str(directory), "tensors": section["tensors"]}
+    inputs = {str(path): stamp for path, stamp in beside.items()}
+    request = {"unmerge": str(directory), "tensors": section["tensors"], "inputs": inputs}
     _refuse_foreign_directory(target, Journal(target, request))
     layouts = [lay_out(Slot(t.name, t.dtype, t.shape, t.nbytes) for t in shard) for shard in plan.shards]
     with removed_if_empty(target), lock_directory(target), disk_errors(target):
@@ -106,9 +108,9 @@ def unmerge(
             _check_digests(plan, shards, section)
         except InputRefused:  # anything else, such as a full disk, leaves finished shards to go on from
             journal.forget()
-            for name in shard_names(len(plan.shards)):
-                partial_path(target / name).unlink(missing_ok=True)
             raise
+        finally:
+            remove_partials(target, journal)
         return _publish(target, plan, shards, journal, section, (original or checkpoint).directory)
 
 
@@ -150,16 +152,15 @@ def _merge_section(directory: Path) -> Mapping[str, Any]:
 def _plan(
     checkpoint: Checkpoint,
     original: Checkpoint | None,
-    adapters: Sequence[str | Path],
+    adapters: Sequence[Path],
     section: Mapping[str, Any],
-    progress: Progress,
 ) -> MergePlan:
     """The merge's own plan over the merged weights, with every delta taken away instead of added."""
     weights = [entry["weight"] for entry in section["request"]["adapters"]]
     if len(adapters) != len(weights):
         raise UsageError(f"{len(adapters)} adapters", expected=f"the {len(weights)} of the merge, in its order")
-    opened = [open_adapter(resolve(one, kind="adapter", progress=progress).directory) for one in adapters]
-    forward = plan_merge(checkpoint, list(zip(opened, weights, strict=True)))
+    opened = [(open_adapter(one), weight) for one, weight in zip(adapters, weights, strict=True)]
+    forward = plan_merge(checkpoint, opened)
     tensors = [_reverse(tensor, original, section) for tensor in forward.tensors]
     return replace(forward, shards=split_shards(tensors, section["request"]["shard_size"]), vocab_size=None)
 

@@ -77,11 +77,6 @@ class Bundle:
         return float_values(self.weights)
 
 
-def open_bundle(directory: Path, progress: Progress = SILENT) -> Bundle:
-    """The first of `open_bundles`: the graph for cpu, where there is one."""
-    return open_bundles(directory, progress)[0]
-
-
 def open_bundles(directory: Path, progress: Progress = SILENT) -> list[Bundle]:
     """A bundle for each graph in `directory`, cpu first; every file that is listed or read is hashed, once.
 

@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.errors import InputRefused, UsageError
+from exporter.errors import UsageError
 from exporter.files import disk_errors, lock_directory, removed_if_empty
 from exporter.merging.card import choose_template
 from exporter.parity.documents import Level, tokens_sha256
 from exporter.parity.inputs import find_template, make_documents, open_pair, resolve_pair
 from exporter.parity.models import TorchScorer, load_reference, reference_environment
 from exporter.parity.outliers import OUTLIERS, count_outlier_columns
-from exporter.parity.reference import capture_store, read_capture
+from exporter.parity.reference import capture_store, is_capture
 from exporter.parity.scoring import LogitStore
 from exporter.progress import SILENT, Progress
 from exporter.sources.unchanged import require_unchanged, watch_all
@@ -84,12 +84,9 @@ def _refuse_foreign_file(path: Path) -> None:
     """A file that is no capture is not written over."""
     if path.is_dir():
         raise UsageError(f"{path} is a directory", expected="a file", todo="choose another --out")
-    if path.exists():
-        try:
-            read_capture(path)
-        except InputRefused as error:
-            raise UsageError(
-                f"{path} is there and is no capture",
-                expected="a new file or an earlier capture",
-                todo="choose another --out",
-            ) from error
+    if path.exists() and not is_capture(path):
+        raise UsageError(
+            f"{path} is there and is no capture",
+            expected="a new file or an earlier capture",
+            todo="choose another --out",
+        )

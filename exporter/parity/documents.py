@@ -150,7 +150,7 @@ def joined_inputs(rows: Sequence[Row], template: str | None, special_tokens: Map
     """The rows, with each input joined to its instruction where the template has no place for one."""
     if template is None or not any(row.input for row in rows):
         return list(rows)
-    if takes_input(template, special_tokens=special_tokens):
+    if takes_input(template, special_tokens=special_tokens, today=TODAY):
         return list(rows)
     return [
         replace(row, instruction=f"{row.instruction}\n\n{row.input}", input="") if row.input else row for row in rows

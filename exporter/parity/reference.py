@@ -27,6 +27,7 @@ from exporter.parity.statistics import PairTokens, Scored, compare, log_softmax,
 COVERED = 0.999
 LARGEST = 4096
 MASS = 1e-3  # off one, at most, by what float32 rounds
+LARGEST_VOCABULARY = 1 << 31
 FORMAT = "2"  # 1 did not hold the weights of the adapters
 ABSENT = -60.0  # log p of a padding bucket on both sides: it adds nothing to any sum
 
@@ -209,6 +210,15 @@ def _sorted_header(file: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + file[start:]
 
 
+def is_capture(path: Path) -> bool:
+    """True for a capture of any version, even one that is refused."""
+    try:
+        with safe_open(path, "np") as file:
+            return (file.metadata() or {}).keys() >= {"format", "tokens_sha256", "facts"}
+    except (SafetensorError, OSError):
+        return False
+
+
 def read_capture(path: Path) -> Capture:
     """InputRefused if `path` is no capture file."""
     if not path.is_file():
@@ -252,7 +262,8 @@ def _check_distributions(capture: Capture) -> None:
     for name, values, kind in (*lists, ("tail", capture.tail, np.floating)):
         if values.ndim != 1 or not np.issubdtype(values.dtype, kind) or not np.isfinite(values).all():
             raise ValueError(f"{name} is no list of {'finite ' if kind is np.floating else 'whole '}numbers")
-    if not len(counts) or counts.min() < 1 or int(counts.sum(dtype=np.int64)) != len(ids):
+    fitting = len(counts) and counts.min() >= 1 and counts.max() <= len(ids)
+    if not fitting or int(counts.sum(dtype=np.int64)) != len(ids):
         raise ValueError("the counts do not fit the tokens")
     if len(capture.log_p) != len(ids) or len(capture.tail) != len(counts):
         raise ValueError("the probabilities do not fit the tokens")
@@ -270,8 +281,8 @@ def _check_facts(facts: Any) -> None:
     for key in ("base_files", "adapter_files", "environment"):
         if not isinstance(facts[key], dict) or not all(isinstance(value, str) for value in facts[key].values()):
             raise ValueError(f"{key} is no map of texts")
-    if not isinstance(facts["vocabulary"], int):
-        raise ValueError("the vocabulary is no number")
+    if not isinstance(facts["vocabulary"], int) or not 0 < facts["vocabulary"] < LARGEST_VOCABULARY:
+        raise ValueError("the vocabulary is no number of tokens")
     if not isinstance(facts["weights"], list) or not all(isinstance(one, int | float) for one in facts["weights"]):
         raise ValueError("the weights of the adapters are no numbers")
 

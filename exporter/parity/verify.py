@@ -115,7 +115,7 @@ def _verified(run: Run, bundle: Bundle, finished: Finished) -> BundleResult:
     """What an interrupted run found of this bundle, else what is found now."""
     before = finished.read(bundle)
     if before is not None:
-        run.progress.note(f"{bundle.directory}: verified before, unchanged")
+        run.progress.note(f"{bundle.graph}: verified before, unchanged")
         return before
     found = verify_bundle(run, bundle)
     finished.write(bundle, found)

@@ -29,7 +29,7 @@ from exporter.errors import EnvironmentLacking, ExporterError, InputRefused, Usa
 from exporter.files import human_bytes, nearest_existing
 from exporter.progress import SILENT, Progress, Task
 from exporter.sources.own_files import require_own_files
-from exporter.sources.snapshot import COMMIT, Kind, cached_snapshot, choose_files, is_whole
+from exporter.sources.snapshot import ABOUT, COMMIT, Kind, cached_snapshot, choose_files, is_whole
 
 HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@\s]+))?")
 POLL_SECONDS = 0.25
@@ -151,7 +151,11 @@ def _file(entry: Any) -> _File:
 
 
 def _download(id: str, revision: str, small: Sequence[_File], weights: Sequence[_File], progress: Progress) -> Path:
-    """The snapshot's directory. Weights come last, so that a snapshot with all its weights is complete."""
+    """The snapshot's directory.
+
+    Weights come after what a model needs beside them, so that a snapshot with all its weights can be used, and what
+    `is_whole` goes by after the weights, so that a whole one lacks nothing.
+    """
     cache = Path(constants.HF_HUB_CACHE)
     blobs = cache / f"models--{id.replace('/', '--')}" / "blobs"
     files = [*small, *weights]
@@ -163,10 +167,14 @@ def _download(id: str, revision: str, small: Sequence[_File], weights: Sequence[
             todo="free some space, or set HF_HOME to a directory on a larger disk",
         )
     with progress.task(f"download {id}", total, "B") as task, _watched(blobs, files, task):
-        names = [file.name for file in small]
-        directory = Path(snapshot_download(id, revision=revision, allow_patterns=names))
-        names = [file.name for file in weights]
-        return Path(snapshot_download(id, revision=directory.name, allow_patterns=names))
+        last = [file for file in small if ABOUT.fullmatch(file.name)]
+        first = [file for file in small if file not in last]
+        directory = Path()
+        for part in filter(None, (first, weights, last)):
+            names = [file.name for file in part]
+            directory = Path(snapshot_download(id, revision=revision, allow_patterns=names))
+            revision = directory.name
+    return directory
 
 
 def _bytes_there(blobs: Path, files: Sequence[_File]) -> int:

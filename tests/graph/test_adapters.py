@@ -518,6 +518,30 @@ def test_an_adapter_that_is_left_out_leaves_no_file_behind(family: Family, tmp_p
     assert (out / "attention.onnx_adapter").is_file()
 
 
+def test_a_bundle_whose_weights_are_written_over_leaves_no_graph(family: Family, tmp_path: Path) -> None:
+    """The other target, in other blocks: the first graph would read what is no longer there."""
+    asked = {"base": family.base.directory, "adapter": family.adapters["attention"], "adapters": "separate"}
+    out = tmp_path / "out"
+    export(**asked, precision=["int4"], block_size=32, out=out)
+    (bundle,) = export(**asked, precision=["int4"], block_size=64, target=["cuda"], out=out)
+    assert not (out / "model.onnx").exists()
+    assert [one.stage for one in bundles_in(out)] == ["export-int4-cuda"]
+    named = json.loads((out / "genai_config.json").read_text())["model"]["decoder"]["filename"]
+    assert named == bundle.graph.name
+    assert exporter.verify_manifest(out).exit_code == 0
+
+
+def test_a_shared_file_that_changed_is_listed_anew_by_both(family: Family, tmp_path: Path) -> None:
+    base, out = Path(shutil.copytree(family.base.directory, tmp_path / "base")), tmp_path / "out"
+    asked = {"base": base, "adapter": family.adapters["attention"], "adapters": "separate", "precision": ["int8"]}
+    export(**asked, out=out)
+    (base / "generation_config.json").write_text('{"max_new_tokens": 7}')
+    export(**asked, target=["cuda"], out=out)
+    assert [one.target for one in bundles_in(out)] == ["cpu", "cuda"]
+    assert exporter.verify_manifest(out).exit_code == 0
+    assert load(out, adapter="attention").bundle.target == "cpu"
+
+
 def test_another_precision_in_the_same_directory_takes_the_place_of_the_first(family: Family, tmp_path: Path) -> None:
     asked = {"base": family.base.directory, "adapter": family.adapters["attention"], "adapters": "separate"}
     export(**asked, precision=["fp32"], out=tmp_path / "out")

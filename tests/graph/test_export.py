@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.errors import EnvironmentLacking, InputRefused, UsageError
-from exporter.graph.bundle import bundles_in, open_bundle
+from exporter.graph.bundle import bundles_in
 from exporter.graph.dequantize import dequantized_weights
 from exporter.graph.export import export
 from exporter.graph.weights import WEIGHTS
@@ -74,12 +74,12 @@ def test_a_hash_that_merge_recorded_is_taken_over_while_the_file_is_the_same(tmp
     weights = tmp_path / "model.safetensors"
     write_stage(tmp_path, "merge", {"files": {weights.name: describe_file(weights, "recorded by merge")}})
     export(tmp_path)
-    section = open_bundle(tmp_path).section
+    section = bundles_in(tmp_path)[0].section
     assert section["provenance"] == "merge"
     assert section["files"][weights.name]["sha256"] == "recorded by merge"
     weights.write_bytes(weights.read_bytes())  # another mtime: the record no longer counts
     export(tmp_path)
-    assert open_bundle(tmp_path).section["files"][weights.name]["sha256"] == describe_file(weights)["sha256"]
+    assert bundles_in(tmp_path)[0].section["files"][weights.name]["sha256"] == describe_file(weights)["sha256"]
 
 
 def test_exporting_again_gives_the_same_bytes(tmp_path: Path) -> None:

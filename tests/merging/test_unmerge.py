@@ -1,14 +1,17 @@
 """The base's bytes come back: by arithmetic where rounding allows, else from the base, always by their digests."""
 
+import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import exporter
-from exporter.errors import InputRefused, UsageError
+from exporter.errors import EnvironmentLacking, InputRefused, UsageError
 from exporter.manifest import read_manifest
+from exporter.merging import shards, unmerge
 from tests.pairs import Pair, lora_config, make_pair, rewrite
 
 ADAPTER = "adapter_model.safetensors"
@@ -68,6 +71,47 @@ def test_other_methods_come_from_the_base(tmp_path: Path, change: dict[str, obje
     exporter.merge(base=pair.base, adapter=pair.adapter, out=tmp_path / "merged")
     exporter.unmerge(tmp_path / "merged", adapter=pair.adapter, out=tmp_path / "restored", base=pair.base)
     assert_base_is_back(pair, tmp_path / "restored")
+
+
+def test_what_other_inputs_began_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted after shards that arithmetic could not restore; then the base is given too."""
+    pair = make_pair(tmp_path)
+    exporter.merge(base=pair.base, adapter=pair.adapter, out=tmp_path / "merged", shard_size=100_000)
+    out, check = tmp_path / "restored", unmerge._check_digests
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(unmerge, "_check_digests", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        exporter.unmerge(tmp_path / "merged", adapter=pair.adapter, out=out)
+    monkeypatch.setattr(unmerge, "_check_digests", check)
+    exporter.unmerge(tmp_path / "merged", adapter=pair.adapter, base=pair.base, out=out)
+    assert_base_is_back(pair, out)
+    assert not list(out.glob(".*.partial"))
+
+
+def test_a_full_disk_leaves_finished_shards_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = make_pair(tmp_path, dtype=torch.float32)
+    on_a_grid(pair)
+    exporter.merge(base=pair.base, adapter=pair.adapter, out=tmp_path / "merged", shard_size=100_000)
+    out, write = tmp_path / "restored", shards.write_shard
+    begun: list[Path] = []
+
+    def full(path: Path, *rest: Any, **options: Any) -> Any:
+        begun.append(path)
+        if len(begun) == 3:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, *rest, **options)
+
+    monkeypatch.setattr(shards, "write_shard", full)
+    with pytest.raises(EnvironmentLacking):
+        exporter.unmerge(tmp_path / "merged", adapter=pair.adapter, out=out)
+    assert not begun[2].exists()
+    monkeypatch.setattr(shards, "write_shard", write)
+    exporter.unmerge(tmp_path / "merged", adapter=pair.adapter, out=out)
+    assert_base_is_back(pair, out)
 
 
 def test_another_adapter_or_another_base_is_noticed(tmp_path: Path) -> None:

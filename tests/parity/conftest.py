@@ -15,6 +15,7 @@ from exporter.files import sha256_file
 from exporter.graph.export import export
 from exporter.merging.merge import merge
 from exporter.parity.bundle_check import Run
+from exporter.parity.bundles import Bundle, open_bundles
 from exporter.parity.documents import tokens_sha256
 from exporter.parity.gates import load_thresholds
 from exporter.parity.inputs import make_documents, open_pair
@@ -94,6 +95,12 @@ def write_adapter(directory: Path, model: GPT2LMHeadModel, *, r: int = 4, std: f
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=std)
     peft.save_pretrained(str(directory))
+
+
+def open_bundle(directory: Path) -> Bundle:
+    """The only bundle in a directory."""
+    (bundle,) = open_bundles(directory)
+    return bundle
 
 
 def score_pair(made: Made, directory: Path, onto: Onto = "original") -> Run:

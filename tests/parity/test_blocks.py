@@ -23,7 +23,6 @@ from exporter.parity.blocks import BlockModel, Float32, Unsupported
 from exporter.parity.blocks_choice import Fp32Model, score_fp32
 from exporter.parity.blocks_scoring import BlockScorer, sweep
 from exporter.parity.blocks_specs import base_blocks, carried_blocks, merged_blocks, truth_blocks
-from exporter.parity.bundles import open_bundle
 from exporter.parity.documents import RESPONSE, Document
 from exporter.parity.int8_model import load_int8
 from exporter.parity.models import TruthModels, base_scorer, load_weights
@@ -31,7 +30,7 @@ from exporter.parity.scoring import LogitStore
 from exporter.sources.adapter import open_adapter
 from exporter.sources.checkpoint import Checkpoint, open_checkpoint
 from tests.pairs import as_bin, gpt2_config, make_pair, save_base
-from tests.parity.conftest import Made
+from tests.parity.conftest import Made, open_bundle
 from tests.parity.test_methods import CASES, write_random_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -169,6 +169,12 @@ def test_a_template_with_a_date_gives_the_same_tokens_every_day(tokenizer: Token
     assert tokenizer.decode(list(document.tokens)).startswith("26 Jul 2024: Hi")
 
 
+def test_a_template_with_a_clock_is_asked_for_its_place_at_a_fixed_time() -> None:
+    """Two renderings differ by the time that passes between them: that is no place for an input."""
+    template = "{{ strftime_now('%S.%f') }} {{ messages[0].content }}"
+    assert joined_inputs([ROW], template, {})[0].input == ""
+
+
 def test_a_tokenizer_neither_cuts_nor_pads(tmp_path: Path) -> None:
     """transformers saves what a training run set."""
     write_tokenizer(tmp_path)

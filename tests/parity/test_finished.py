@@ -8,10 +8,10 @@ import pytest
 
 from exporter.parity import verify as module
 from exporter.parity.bundle_check import Run, verify_bundle
-from exporter.parity.bundles import Bundle, open_bundle
+from exporter.parity.bundles import Bundle
 from exporter.parity.finished import Finished
 from exporter.parity.result import BundleResult, Verification
-from tests.parity.conftest import Made
+from tests.parity.conftest import Made, open_bundle
 
 FACTS = {"level": "commit", "memory": "auto", "reference": "int8"}
 

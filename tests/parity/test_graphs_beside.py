@@ -7,9 +7,9 @@ import pytest
 
 from exporter.graph.export import export
 from exporter.parity import bundles
-from exporter.parity.bundles import open_bundle, open_bundles
+from exporter.parity.bundles import open_bundles
 from exporter.parity.verify import verify
-from tests.parity.conftest import Made
+from tests.parity.conftest import Made, open_bundle
 
 
 @pytest.fixture

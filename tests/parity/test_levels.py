@@ -14,7 +14,7 @@ from exporter.graph.export import export
 from exporter.merging.merge import merge
 from exporter.parity import graphs
 from exporter.parity.bundle_check import Run, _subject
-from exporter.parity.bundles import Bundle, open_bundle
+from exporter.parity.bundles import Bundle
 from exporter.parity.documents import LEVELS
 from exporter.parity.gates import load_thresholds
 from exporter.parity.inputs import make_documents, open_pair
@@ -25,7 +25,7 @@ from exporter.parity.scoring import LogitStore
 from exporter.progress import SILENT
 from exporter.prompts import ALPACA
 from exporter.runtime import session
-from tests.parity.conftest import PROMPTS, write_adapter, write_base
+from tests.parity.conftest import PROMPTS, open_bundle, write_adapter, write_base
 
 DEPTH = 24
 KINDS = ("native", "fp32", "int8", "int4", "int8-exact", "cuda", "int8 cuda")

@@ -18,7 +18,7 @@ from exporter.graph.export import export
 from exporter.merging.merge import merge
 from exporter.parity import int8_base
 from exporter.parity.bases import BaseOptions, load_base, meta_model
-from exporter.parity.bundles import Bundle, merged_onto, open_bundle
+from exporter.parity.bundles import Bundle, merged_onto
 from exporter.parity.gates import load_thresholds
 from exporter.parity.int8_base import int8_modules, int8_values
 from exporter.parity.mutants import merge_mutants
@@ -26,7 +26,7 @@ from exporter.parity.oracle import Oracle
 from exporter.parity.verify import verify
 from exporter.parity.weights import check_weights
 from exporter.sources.checkpoint import open_checkpoint
-from tests.parity.conftest import Made
+from tests.parity.conftest import Made, open_bundle
 from tests.parity.test_methods import Case, lora, make
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -16,7 +16,6 @@ from exporter import export, merge, verify
 from exporter.errors import InputRefused
 from exporter.graph.optimum_weights import TRANSPOSED
 from exporter.parity.bundle_check import Run, verify_bundle
-from exporter.parity.bundles import open_bundle
 from exporter.parity.gates import load_thresholds
 from exporter.parity.weights import check_weights
 from tests.graph.test_optimum_weights import after_tracing
@@ -24,6 +23,7 @@ from tests.parity.conftest import (
     PROMPTS,
     VOCABULARY,
     Made,
+    open_bundle,
     replace_tensors,
     score_pair,
     update_manifest,

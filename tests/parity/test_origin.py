@@ -12,11 +12,10 @@ from onnx import numpy_helper
 from safetensors.torch import load_file
 
 from exporter.parity.bundle_check import Run, verify_bundle
-from exporter.parity.bundles import open_bundle
 from exporter.parity.oracle import Oracle
 from exporter.parity.result import BundleResult
 from exporter.parity.weights import round_to
-from tests.parity.conftest import Made, replace_tensors, update_manifest
+from tests.parity.conftest import Made, open_bundle, replace_tensors, update_manifest
 
 LAYER = 1
 Damage = Callable[[Made, Run, Path], None]

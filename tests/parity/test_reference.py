@@ -1,5 +1,6 @@
 """The captured reference: what it keeps is enough, and another model's or other tokens' file is refused."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from exporter.parity.reference import (
     LiveReference,
     capture_store,
     check_capture,
+    is_capture,
     read_capture,
 )
 from exporter.parity.scoring import LogitStore
@@ -185,6 +187,31 @@ def test_values_that_are_no_distributions_are_refused(store: LogitStore, tmp_pat
     save_file(tensors, path, metadata)
     with pytest.raises(InputRefused, match="not a reference"):
         read_capture(path)
+
+
+@pytest.mark.parametrize("vocabulary", [10**30, 0, -1, 2.5, "many"])
+def test_an_absurd_vocabulary_is_refused(store: LogitStore, tmp_path: Path, vocabulary: object) -> None:
+    path = tmp_path / "r.safetensors"
+    captured(store, path)
+    with safe_open(path, "np") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    facts = json.loads(metadata["facts"]) | {"vocabulary": vocabulary}
+    save_file(tensors, path, metadata | {"facts": json.dumps(facts)})
+    with pytest.raises(InputRefused, match="not a reference"):
+        read_capture(path)
+
+
+def test_a_capture_of_another_version_is_one_that_may_be_replaced(store: LogitStore, tmp_path: Path) -> None:
+    path = tmp_path / "r.safetensors"
+    captured(store, path)
+    with safe_open(path, "np") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata | {"format": "1"})
+    with pytest.raises(InputRefused, match="capture it again"):
+        read_capture(path)
+    assert is_capture(path)
+    save_file(tensors, path, {"format": "pt"})
+    assert not is_capture(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])

@@ -13,11 +13,10 @@ from transformers import GPT2LMHeadModel
 from exporter.errors import InputRefused
 from exporter.graph.export import export
 from exporter.manifest import describe_file
-from exporter.parity.bundles import open_bundle
 from exporter.parity.inputs import open_pair
 from exporter.parity.separate import find_adapter
 from exporter.parity.verify import verify
-from tests.parity.conftest import Made, write_adapter
+from tests.parity.conftest import Made, open_bundle, write_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -14,7 +14,6 @@ from exporter.errors import InputRefused
 from exporter.graph.export import export
 from exporter.merging.merge import merge
 from exporter.parity.bundle_check import Run, verify_bundle
-from exporter.parity.bundles import open_bundle
 from exporter.parity.documents import tokens_sha256
 from exporter.parity.gates import load_thresholds
 from exporter.parity.inputs import check_bundle_inputs
@@ -25,7 +24,7 @@ from exporter.parity.scoring import LogitStore
 from exporter.parity.verify import verify
 from exporter.parity.weights import check_weights
 from exporter.sources.checkpoint import open_checkpoint
-from tests.parity.conftest import Made, replace_tensors, update_manifest
+from tests.parity.conftest import Made, open_bundle, replace_tensors, update_manifest
 
 LIMITS = load_thresholds().projection
 C_ATTN = "transformer.h.{}.attn.c_attn.weight"

@@ -14,7 +14,6 @@ from exporter.errors import EnvironmentLacking, InputRefused
 from exporter.graph.export import export
 from exporter.parity import bundle_check, memory, models
 from exporter.parity.bundle_check import Run, verify_bundle
-from exporter.parity.bundles import open_bundle
 from exporter.parity.capture import capture
 from exporter.parity.documents import tokens_sha256
 from exporter.parity.gates import load_thresholds
@@ -27,7 +26,7 @@ from exporter.parity.verify import _score_references, verify
 from exporter.progress import SILENT, Progress
 from exporter.prompts import ALPACA
 from exporter.sources.safetensors_file import read_header
-from tests.parity.conftest import Made, write_adapter, write_base
+from tests.parity.conftest import Made, open_bundle, write_adapter, write_base
 
 
 @pytest.fixture(scope="module")

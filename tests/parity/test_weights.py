@@ -13,13 +13,12 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 from exporter.errors import InputRefused
 from exporter.graph.export import export
 from exporter.merging.merge import merge
-from exporter.parity.bundles import open_bundle
 from exporter.parity.gates import load_thresholds
 from exporter.parity.mutants import merge_mutants
 from exporter.parity.oracle import Adapted, Oracle
 from exporter.parity.weights import check_elements, check_weights, judge_projection, project, round_to
 from exporter.sources.checkpoint import open_checkpoint
-from tests.parity.conftest import Made, replace_tensors, write_adapter, write_base
+from tests.parity.conftest import Made, open_bundle, replace_tensors, write_adapter, write_base
 
 LIMITS = load_thresholds().projection
 

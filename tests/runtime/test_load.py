@@ -9,7 +9,7 @@ import torch
 
 from exporter.errors import EnvironmentLacking, InputRefused, UsageError
 from exporter.files import sha256_file
-from exporter.graph.bundle import open_bundle
+from exporter.graph.bundle import bundles_in
 from exporter.graph.export import export
 from exporter.manifest import write_stage
 from exporter.runtime.generate import generate
@@ -39,7 +39,7 @@ def test_of_several_bundles_the_nearest_to_the_checkpoint_that_fits(
     if cuda_is_usable():
         pytest.skip("prefers a cuda bundle here")
     assert load(artifacts).bundle.precision == "native"
-    needed = {name: needed_memory(open_bundle(artifacts / name)) for name in ("merged", "int8", "int4")}
+    needed = {name: needed_memory(bundles_in(artifacts / name)[0]) for name in ("merged", "int8", "int4")}
     assert needed["merged"] > needed["int8"] > needed["int4"]
     monkeypatch.setattr("exporter.runtime.load.free_memory", lambda provider: needed["int8"])
     assert load(artifacts).bundle.precision == "int8"
@@ -48,7 +48,7 @@ def test_of_several_bundles_the_nearest_to_the_checkpoint_that_fits(
 def test_too_little_memory_is_said_before_opening_and_names_a_bundle_that_fits(
     artifacts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fits = needed_memory(open_bundle(artifacts / "int4"))
+    fits = needed_memory(bundles_in(artifacts / "int4")[0])
     monkeypatch.setattr("exporter.runtime.load.free_memory", lambda provider: fits)
     with pytest.raises(EnvironmentLacking, match=r"use .*int4, which fits"):
         load(artifacts / "merged")

@@ -185,6 +185,17 @@ def test_what_a_model_library_left_in_the_cache_is_completed(hub: Hub) -> None:
     assert {path.name for path in found.iterdir()} == files.keys()
 
 
+def test_what_says_that_a_snapshot_is_whole_comes_last(hub: Hub) -> None:
+    """An interruption on the way leaves nothing that the next run takes for whole."""
+    files = {"config.json": CONFIG, "model.safetensors": b"x", "tokenizer.json": b"{}", "README.md": b"a card"}
+    commit = hub.publish(BASE, files | {"LICENSE": b"free"})
+    resolve(f"{BASE}@{commit}", kind="base")
+    asked = hub.downloads()
+    assert set(asked[:2]) == {"config.json", "tokenizer.json"}
+    assert asked[2] == "model.safetensors"
+    assert set(asked[3:]) == {"README.md", "LICENSE"}
+
+
 def test_a_revision_may_have_slashes(hub: Hub) -> None:
     commit = hub.publish(BASE, {"config.json": CONFIG, "model.safetensors": b"x"}, revision="refs/pr/1")
     assert resolve(f"{BASE}@refs/pr/1", kind="base").commit == commit

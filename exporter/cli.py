@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import traceback
 from typing import Annotated, Any
 
 import typer
@@ -93,7 +94,7 @@ def main() -> None:
         code = 141
     except Exception as error:
         if "-v" in sys.argv or "--verbose" in sys.argv:
-            raise
+            traceback.print_exc()
         message = lacking(error) or (
             f"an unexpected {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
             "what to do: run the command again with -v and report the traceback: this is a bug"

@@ -1,4 +1,4 @@
-"""`exporter inspect`: what a merge would do, from headers and configurations only."""
+"""`exporter inspect`: what a merge would do, from headers, configurations, the adapter and a sample of the base."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

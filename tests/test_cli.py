@@ -103,6 +103,21 @@ def test_the_version_is_the_packages(call: Call) -> None:
     assert call("--version").out == call("version").out == f"{version('exporter')}\n"
 
 
+@pytest.mark.parametrize("flags", [[], ["-v"]])
+def test_a_defect_is_5_and_never_parity_failed(flags: list[str]) -> None:
+    program = (
+        "import sys, exporter, exporter.cli as c\n"
+        "def broken(**_): raise ZeroDivisionError('of our own')\n"
+        "exporter.inspect = broken\n"
+        f"sys.argv = ['exporter', 'inspect', '--base', 'b', '--adapter', 'a', *{flags!r}]\n"
+        "c.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 5
+    assert "an unexpected ZeroDivisionError: of our own" in done.stderr
+    assert ("Traceback" in done.stderr) == bool(flags)
+
+
 def test_every_command_has_help_with_an_example(call: Call) -> None:
     listing = call("--help").out
     for name in (name.replace("_", "-") for name in set(FUNCTIONS) - {"load"}):

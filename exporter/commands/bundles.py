@@ -49,7 +49,8 @@ def export(
     ] = None,
     base: Annotated[str | None, typer.Option(help="In place of CHECKPOINT, with --adapter.")] = None,
     adapter: Annotated[
-        list[str] | None, typer.Option(help="A directory or a hub id, or NAME=EITHER. Repeat for several.")
+        list[str] | None,
+        typer.Option(help="A directory or a hub id. With --adapters separate NAME=EITHER too. Repeat for several."),
     ] = None,
     adapters: Annotated[
         Adapters | None, typer.Option(help="`separate`: a graph over the base, adapters chosen at run time.")
@@ -70,7 +71,10 @@ def export(
         list[Deployment] | None,
         typer.Option(help="Files in BUNDLE/deployment that run it elsewhere. Repeat for several."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where int8/, int4/ ... go; default: beside CHECKPOINT.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where int8/, int4/ ... go, default beside CHECKPOINT; with --base, the bundle itself."),
+    ] = None,
     force: ForceOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,

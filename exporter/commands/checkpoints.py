@@ -42,7 +42,7 @@ def inspect(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Say from headers alone what a merge would change, what it needs, and every problem that can be seen."""
+    """Say what a merge would change, what it needs, and every problem that can be seen without reading the base."""
     progress = start(quiet, verbose)
     result = exporter.inspect(base=base, adapter=adapter, weight=weight or (), dtype=dtype, progress=progress)
     finish(result, json, presentation.inspection)

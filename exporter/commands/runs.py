@@ -34,7 +34,7 @@ def run(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Merge, export, verify and report; what is done and still true is skipped. Options beside SPEC replace its keys."""
+    """Merge, export, verify and report. What is done and still true is skipped. Options count before SPEC."""
     progress = start(quiet, verbose)
     result = exporter.run(
         spec,

@@ -24,6 +24,7 @@ PACKAGES = {
     "huggingface_hub": ALL,
     "onnx": ("export",),
     "onnx_ir": ("export",),
+    "numba": ("export",),
     "peft": ("verify",),
 }
 

@@ -43,7 +43,8 @@ def quantize_matrix(matrix: torch.Tensor, bits: int, codes: torch.Tensor, scales
         for column in range(0, outputs, width):
             columns = slice(column, min(outputs, column + width))
             tile = torch.zeros(blocks.stop - blocks.start, block, columns.stop - columns.start)
-            tile.view(-1, tile.shape[2])[: rows.stop - rows.start] = matrix[rows, columns]
+            # float32 as it lies, and turned then: torch does both at once much slower
+            tile.view(-1, tile.shape[2])[: rows.stop - rows.start] = matrix[rows, columns].float()
             place = columns, blocks
             if not quantize_tile(tile.numpy(), reaches, bits, limit, words[place], found[place]):
                 raise ValueError(f"a weight is NaN, infinite or beyond {limit:.0f}")

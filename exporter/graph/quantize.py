@@ -18,7 +18,7 @@ from exporter.graph.weights import BLOCK
 # The best three of a grid, on normal, heavy-tailed and trained weights; eight take 2 % more off the error.
 REACH = {8: (128.0, 127.0, 126.0), 4: (8.6, 8.0, 7.2)}
 # Weights that are float32 at once: few enough for a processor's caches.
-TILE, TILE_COLUMNS = 1 << 17, 1 << 12
+TILE, TILE_COLUMNS = 1 << 17, 1 << 9
 LARGEST_SCALE = 6e4  # float16 ends at 65504
 
 
@@ -42,10 +42,11 @@ def quantize_matrix(matrix: torch.Tensor, bits: int, codes: torch.Tensor, scales
         blocks = slice(first, min(codes.shape[1], first + height))
         for column in range(0, outputs, width):
             columns = slice(column, min(outputs, column + width))
-            tile = torch.zeros(blocks.stop - blocks.start, block, columns.stop - columns.start)
-            # float32 as it lies, and turned then: torch does both at once much slower
-            tile.view(-1, tile.shape[2])[: rows.stop - rows.start] = matrix[rows, columns].float()
+            tile = matrix[rows, columns].float()  # as it lies; turning a transposed matrix at once takes much longer
+            if missing := -tile.shape[0] % block:
+                tile = torch.nn.functional.pad(tile, (0, 0, 0, missing))
+            values = tile.contiguous().view(-1, block, tile.shape[1]).numpy()
             place = columns, blocks
-            if not quantize_tile(tile.numpy(), reaches, bits, limit, words[place], found[place]):
+            if not quantize_tile(values, reaches, bits, limit, words[place], found[place]):
                 raise ValueError(f"a weight is NaN, infinite or beyond {limit:.0f}")
     scales.copy_(torch.from_numpy(found))

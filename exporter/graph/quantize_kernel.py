@@ -23,7 +23,7 @@ ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
 TINY = np.float32(1e-30)  # the reciprocal of less would overflow
 INFINITY = np.float32(np.inf)
 HALF_NORMAL = np.float32(2.0**-14)  # the smallest float16 with all its 11 bits
-HALF_STEPS = np.float32(2.0**24)  # below it float16 has multiples of 2^-24
+HALF_STEPS, HALF_STEP = np.float32(2.0**24), np.float32(2.0**-24)  # below it float16 has multiples of 2^-24
 HALF_END = np.float32(65520)  # from here on float16 rounds to infinity
 
 
@@ -109,16 +109,18 @@ def round_to_half(values: Float) -> None:
     In a normal float16 the last 13 of float32's 23 bits are zero; adding just under half of their range, and one more
     where the bit before them is set, carries into that bit when it has to be rounded up.
     """
-    bits = values.view(np.uint32)
+    bits, rounded = values.view(np.uint32), np.empty(len(values), np.uint32)
+    normal = rounded.view(np.float32)
+    for n in range(len(values)):
+        up = np.uint32(0xFFF) + ((bits[n] >> np.uint32(13)) & np.uint32(1))
+        rounded[n] = (bits[n] + up) & np.uint32(0xFFFFE000)
     for n in range(len(values)):
         size = abs(values[n])
-        whole = (bits[n] + np.uint32(0xFFF) + ((bits[n] >> np.uint32(13)) & np.uint32(1))) & np.uint32(0xFFFFE000)
-        if HALF_NORMAL <= size < HALF_END:
-            bits[n] = whole
-        elif size < HALF_NORMAL:
-            values[n] = np.rint(values[n] * HALF_STEPS) / HALF_STEPS
-        elif size >= HALF_END:
-            values[n] = np.copysign(INFINITY, values[n])
+        below = np.rint(values[n] * HALF_STEPS) * HALF_STEP
+        beyond = INFINITY if values[n] > ZERO else -INFINITY
+        rest = beyond if size >= HALF_END else values[n]  # NaN
+        large = normal[n] if size < HALF_END else rest
+        values[n] = below if size < HALF_NORMAL else large
 
 
 @njit(error_model="numpy")
@@ -159,9 +161,9 @@ def quantize_tile(
     best, least = np.zeros(lanes, np.float32), np.zeros(lanes, np.float32)
     products, codes = np.zeros((block, lanes), np.float32), np.zeros((block * bits // WORD, lanes), np.uint32)
     good = True
-    for k in range(blocks):
-        for first in range(0, outputs, lanes):
-            width = min(lanes, outputs - first)
+    for first in range(0, outputs, lanes):
+        width = min(lanes, outputs - first)
+        for k in range(blocks):  # within: the codes of an output lie one after the other
             good &= _extremes(values[k], first, width, limit, extreme)
             # The extreme goes to the negative end, which has one step more.
             for n in range(width):

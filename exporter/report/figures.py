@@ -99,6 +99,11 @@ def statistic_name(name: str) -> str:
     return STATISTICS.get(name, name.replace("_", " "))
 
 
+def pair_title(pair: str) -> str:
+    """The two models of a pair in words."""
+    return " against ".join(NAMES.get(letter, letter) for letter in pair.split("-"))
+
+
 def judged(bundle: BundleResult) -> list[GateResult]:
     """The gates that had a say, the worst outcomes first."""
     order = {"FAIL": 0, "INCONCLUSIVE": 1, "PASS": 2}

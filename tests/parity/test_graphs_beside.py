@@ -9,6 +9,7 @@ from exporter.graph.export import export
 from exporter.parity import bundles
 from exporter.parity.bundles import open_bundles
 from exporter.parity.verify import verify
+from exporter.runtime.session import cuda_is_usable
 from tests.parity.conftest import Made, open_bundle
 
 
@@ -53,6 +54,7 @@ def test_a_graph_for_cuda_alone_is_opened_wherever_it_is(both: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not cuda_is_usable(), reason="no CUDA device is usable here")
 def test_both_verdicts_stand_in_the_result(made: Made, both: Path) -> None:
     found = verify(base=made.base, adapter=made.adapter, bundle=both, prompts=made.prompts)
     assert [(one.target, one.correctness) for one in found.bundles] == [("cpu", "PASS"), ("cuda", "PASS")]

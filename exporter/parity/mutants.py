@@ -5,6 +5,7 @@ model one dropped layer is a hundredth of KL(T||B), and no KL gate sees it. Grap
 meet the logit gates. A mutant that equals the original for this model is "not applicable", with the proof.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,7 @@ import onnx
 from numpy.typing import NDArray
 
 from exporter.graph.weights import Quantized, Weight
+from exporter.merging.threads import thread_pool
 from exporter.parity.bundles import Bundle, quantization_steps
 from exporter.parity.feeding import comparison, decode_calls, padded_call, pair, real_positions
 from exporter.parity.gates import Gate, ProjectionLimits, finiteness, judge
@@ -89,7 +91,10 @@ def merge_mutants(
     tallies: dict[str, _Tally] = {mutation.name: _Tally() for mutation in merge_mutations()}
     expected = {PROJECTION}
     other: Adapted | None = None
-    with progress.task("mutants of the weights", len(oracle.names), "tensors") as task:
+    with (
+        thread_pool(len(os.sched_getaffinity(0))) as pool,
+        progress.task("mutants of the weights", len(oracle.names), "tensors") as task,
+    ):
         for name in oracle.names:
             adapted = other if other is not None and other.name == name else oracle.merge(name)
             following = _same_shape(name, oracle)
@@ -97,7 +102,11 @@ def merge_mutants(
             weight = weights[name]
             expected |= {STEP} if isinstance(weight, Quantized) and _is_known(weight, adapted) else set()
             expected |= set() if isinstance(weight, Quantized) else {ELEMENTS}
-            _try_all(tallies, adapted, other, weight, _roundings(bundle, weight, oracle.base_info(name)), limits)
+            roundings = _roundings(bundle, weight, oracle.base_info(name))
+            target = _Target(adapted, other, weight, read_values(weight), roundings, limits)
+            mutations = merge_mutations([adapted])
+            for mutation, found in zip(mutations, pool.map(target.tried, mutations), strict=True):
+                tallies.setdefault(mutation.name, _Tally()).add(name, found)
             task.advance()
     found = [tally.mutant(name, tuple(sorted(expected, reverse=True))) for name, tally in tallies.items()]
     if oracle.onto == "int8":
@@ -115,27 +124,27 @@ def _is_known(weight: Weight, adapted: Adapted) -> bool:
     return adapted.is_exact or not is_projected(weight, adapted)
 
 
-def _try_all(
-    tallies: dict[str, "_Tally"],
-    adapted: Adapted,
-    other: Adapted | None,
-    weight: Weight,
-    roundings: Sequence[Rounding],
-    limits: ProjectionLimits,
-) -> None:
-    """Every mutation in one target; other: the target whose change a shuffled layer would carry."""
-    name, stored = adapted.name, read_values(weight)
-    for mutation in merge_mutations([adapted]):
-        delta = mutation.change(adapted, other)
-        tally = tallies.setdefault(mutation.name, _Tally())
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """One adapted weight as it stands in the bundle; other: the target whose change a shuffled layer would carry."""
+
+    adapted: Adapted
+    other: Adapted | None
+    weight: Weight
+    stored: Float
+    roundings: Sequence[Rounding]
+    limits: ProjectionLimits
+
+    def tried(self, mutation: MergeMutation) -> set[str] | str:
+        """The gates that see it, or why it is no error here."""
+        adapted, delta = self.adapted, mutation.change(self.adapted, self.other)
         if isinstance(delta, str):
-            tally.reasons.append(delta)
-        elif not any((delta(rows) != adapted.delta_of(rows)).any() for rows in row_blocks(stored)):
-            tally.reasons.append(f"{name}: equals the original, max |difference| = 0")
-        elif _is_below_rounding(weight, adapted, delta, roundings):
-            tally.reasons.append(f"{name}: the same bundle, for what it changes is lost in rounding")
-        else:
-            tally.add(name, _killers(stored, adapted, delta, weight, roundings, limits))
+            return delta
+        if not any((delta(rows) != adapted.delta_of(rows)).any() for rows in row_blocks(self.stored)):
+            return f"{adapted.name}: equals the original, max |difference| = 0"
+        if _is_below_rounding(self.weight, adapted, delta, self.roundings):
+            return f"{adapted.name}: the same bundle, for what it changes is lost in rounding"
+        return _killers(self.stored, adapted, delta, self.weight, self.roundings, self.limits)
 
 
 def _same_shape(name: str, oracle: Oracle) -> str | None:
@@ -208,8 +217,12 @@ class _Tally:
         self.killers: dict[str, set[str]] = {}
         self.reasons: list[str] = []
 
-    def add(self, tensor: str, killers: set[str]) -> None:
-        self.killers[tensor] = killers
+    def add(self, tensor: str, found: set[str] | str) -> None:
+        """The gates that saw it in one tensor, or why it is no error there."""
+        if isinstance(found, str):
+            self.reasons.append(found)
+        else:
+            self.killers[tensor] = found
 
     def mutant(self, name: str, expected: tuple[str, ...]) -> Mutant:
         if not self.killers:

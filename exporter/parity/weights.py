@@ -1,5 +1,6 @@
 """Gates without a forward pass: is the adapter in the written weights, is each element right, the rest untouched?"""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from exporter.errors import InputRefused
 from exporter.graph.dequantize import dequantize
 from exporter.graph.weights import Quantized, Weight
+from exporter.merging.threads import single_threaded, thread_pool
 from exporter.parity.bundles import Bundle, quantization_steps
 from exporter.parity.gates import ProjectionLimits
 from exporter.parity.oracle import Adapted, Oracle
@@ -357,14 +359,19 @@ def _check_untouched(
 
     Onto int8, what the codes mean, rounded once.
     """
+    expected = sorted(oracle.expected_names - set(oracle.names))
+    names = [name for name in expected if name in weights]
+    task.advance(len(expected) - len(names))
+
+    def right(name: str) -> bool:
+        original, on_codes = oracle.original(name), name in oracle.int8_names
+        return untouched(weights[name], original, oracle.base_info(name), bundle.merge_dtype, on_codes=on_codes)
+
     results: list[tuple[str, Outcome]] = []
-    for name in sorted(oracle.expected_names - set(oracle.names)):
-        if name in weights:
-            original = oracle.original(name)
-            on_codes = name in oracle.int8_names
-            right = untouched(weights[name], original, oracle.base_info(name), bundle.merge_dtype, on_codes=on_codes)
-            results.append((name, "PASS" if right else "FAIL"))
-        task.advance()
+    with single_threaded(), thread_pool(len(os.sched_getaffinity(0))) as pool:
+        for name, found in zip(names, pool.map(right, names), strict=True):
+            results.append((name, "PASS" if found else "FAIL"))
+            task.advance()
     return results
 
 

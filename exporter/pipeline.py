@@ -81,7 +81,8 @@ def run(
     they are native, cpu, the adapter's or base's template, and commit.
     Raises what the first failing stage raises; a verdict that is not PASS is returned, with its exit code.
     """
-    wanted = _as_spec(spec, base, adapter, out, precision, target, template, level)
+    asked = _as_spec(spec, base, adapter, out)
+    wanted = given(asked, out=out, precision=precision, target=target, template=template, level=level)
     directory = Path(wanted.output.dir)
     _refuse_foreign_directory(directory, force)
     with removed_if_empty(directory), lock_directory(directory):
@@ -93,44 +94,39 @@ def _as_spec(
     base: str | Path | None,
     adapter: str | Path | Sequence[str | Path] | None,
     out: str | Path | None,
-    precision: Sequence[str],
-    target: Sequence[str],
-    template: str | None,
-    level: str | None,
 ) -> Spec:
     if spec is not None:
         if base is not None or adapter is not None:
             raise UsageError("both a spec and --base or --adapter", expected="one of the two")
-        read = spec if isinstance(spec, Spec) else read_spec(Path(spec))
-        return _replaced(read, out, precision, target, template, level)
+        return spec if isinstance(spec, Spec) else read_spec(Path(spec))
     if base is None or adapter is None or out is None:
         raise UsageError("no spec", expected="a SPEC.toml, or --base, --adapter and --out")
     adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter)
-    plain = Spec(
+    return Spec(
         base=BaseSpec(source=str(base)),
         adapter=tuple(AdapterSpec(source=str(one)) for one in adapters),
         output=OutputSpec(dir=str(out)),
     )
-    return _replaced(plain, None, precision, target, template, level)
 
 
-def _replaced(
+def given(
     spec: Spec,
-    out: str | Path | None,
-    precision: Sequence[str],
-    target: Sequence[str],
-    template: str | None,
-    level: str | None,
+    *,
+    out: str | Path | None = None,
+    precision: Sequence[str] = (),
+    target: Sequence[str] = (),
+    template: str | None = None,
+    level: str | None = None,
 ) -> Spec:
-    """The spec with what was given in its place."""
-    given: dict[str, dict[str, Any]] = {
+    """The spec with what is given in place of what it says."""
+    tables: dict[str, dict[str, Any]] = {
         "output": {"dir": None if out is None else str(out)},
         "export": {"precisions": tuple(precision), "targets": tuple(target)},
         "prompt": {"template": template},
         "verify": {"level": level},
     }
     table = spec.model_dump()
-    for name, values in given.items():
+    for name, values in tables.items():
         table[name] |= {key: value for key, value in values.items() if value}
     return Spec.model_validate(table)
 

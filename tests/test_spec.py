@@ -1,12 +1,14 @@
 """A spec is frozen types; an unknown key, a wrong type or a wrong value is an error that names it."""
 
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from exporter.errors import InputRefused, UsageError
-from exporter.pipeline import _as_spec, run
-from exporter.spec import parse_size, read_spec
+from exporter.pipeline import given, run
+from exporter.spec import Spec, parse_size, read_spec
 
 WHOLE = """
 [base]
@@ -73,12 +75,29 @@ def test_the_first_users_recipe_is_a_spec() -> None:
     assert spec.export.precisions == ("native", "int8", "int4")
 
 
+def keys(table: dict[str, Any]) -> set[str]:
+    return {f"{name}.{key}" for name, values in table.items() for key in (values[0] if name == "adapter" else values)}
+
+
+def test_the_documented_spec_names_every_key_with_its_default(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs/run.md").read_text()
+    (tmp_path / "run.toml").write_text(text.partition("```toml\n")[2].partition("```")[0])
+    spec = read_spec(tmp_path / "run.toml").model_dump()
+    (adapter,) = spec["adapter"]
+    plain = Spec.model_validate({"base": spec["base"], "adapter": adapter, "output": spec["output"]}).model_dump()
+    assert spec.pop("prompt") == {"template": "alpaca"}
+    assert spec["verify"].pop("prompts") == "prompts.jsonl"
+    del plain["prompt"], plain["verify"]["prompts"]
+    assert spec == plain
+    written = tomllib.loads((tmp_path / "run.toml").read_text())
+    assert keys(written) == keys(Spec.model_validate(written).model_dump())
+
+
 def test_options_count_before_the_spec(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(WHOLE)
-    path = tmp_path / "run.toml"
-    same = _as_spec(path, None, None, None, (), (), None, None)
-    assert same == read_spec(path)
-    other = _as_spec(path, None, None, "elsewhere", ("int4",), ("cuda",), "alpaca", "release")
+    same = read_spec(tmp_path / "run.toml")
+    assert given(same) == same
+    other = given(same, out="elsewhere", precision=("int4",), target=("cuda",), template="alpaca", level="release")
     assert (other.export.precisions, other.export.targets) == (("int4",), ("cuda",))
     assert (other.prompt.template, other.verify.level, other.output.dir) == ("alpaca", "release", "elsewhere")
     assert (other.base, other.adapter, other.merge) == (same.base, same.adapter, same.merge)

@@ -1,4 +1,4 @@
-"""The inner loops of `quantize`, compiled: torch's passes over a tile took four times as long as its arithmetic does.
+"""The inner loops of `quantize`, compiled: a tile meets all its arithmetic while it is in a first-level cache.
 
 Each function takes `width` outputs of values (block, N), from `first` on, side by side: they become the lanes of vector
 instructions, which only indices into whole arrays do. No sum runs across them, so that every machine finds the same

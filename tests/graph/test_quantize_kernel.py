@@ -1,6 +1,5 @@
 """The compiled loops: numpy's own float16, sums of numpy's, and no byte that depends on how the work is cut."""
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -86,10 +85,6 @@ def test_one_value_without_a_scale_is_found_wherever_it_is(value: float, place: 
     assert quantize_tile(values, reaches, 8, limit, words, scales)
     values[place] = value
     assert not quantize_tile(values, reaches, 8, limit, words, scales)
-
-
-def test_bytes_are_written_in_the_order_of_a_little_endian_machine() -> None:
-    assert sys.byteorder == "little"
 
 
 def test_without_room_for_the_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

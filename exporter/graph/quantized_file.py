@@ -102,7 +102,7 @@ def write_weights(
             partial.open("wb", buffering=0) as file,
             progress.task(f"write {path.name}", total, "B") as task,
             single_threaded(),
-            thread_pool(len(os.sched_getaffinity(0))) as pool,
+            thread_pool() as pool,
             thread_pool(1) as writer,
         ):
             file.truncate(layout.size)

@@ -1,6 +1,7 @@
 """A stage's own threads, and how many torch takes beside them."""
 
 import mmap
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,8 +22,8 @@ def single_threaded() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def thread_pool(threads: int) -> ThreadPoolExecutor:
-    """A pool of so many threads; MemoryError where there is no room to begin one.
+def thread_pool(threads: int | None = None) -> ThreadPoolExecutor:
+    """So many threads, by default one for each core that is ours; MemoryError where there is no room to begin one.
 
     Python waits for ever for a thread that found no memory to begin with: github.com/python/cpython/issues/140746.
     """
@@ -30,4 +31,4 @@ def thread_pool(threads: int) -> ThreadPoolExecutor:
         mmap.mmap(-1, ROOM).close()
     except OSError as error:
         raise MemoryError("cannot allocate memory for threads") from error
-    return ThreadPoolExecutor(threads)
+    return ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)))

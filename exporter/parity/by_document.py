@@ -1,6 +1,5 @@
 """The same work for every document, on all cores: NumPy lets other threads run while it computes."""
 
-import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -17,7 +16,7 @@ def by_document(
     """`work` of each document, in their order: sums over it do not depend on the number of cores."""
     results = []
     with (
-        thread_pool(len(os.sched_getaffinity(0))) as pool,
+        thread_pool() as pool,
         progress.task(title, len(documents), "documents") as task,
     ):
         for result in pool.map(work, documents):

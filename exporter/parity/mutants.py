@@ -5,7 +5,6 @@ model one dropped layer is a hundredth of KL(T||B), and no KL gate sees it. Grap
 meet the logit gates. A mutant that equals the original for this model is "not applicable", with the proof.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -92,7 +91,7 @@ def merge_mutants(
     expected = {PROJECTION}
     other: Adapted | None = None
     with (
-        thread_pool(len(os.sched_getaffinity(0))) as pool,
+        thread_pool() as pool,
         progress.task("mutants of the weights", len(oracle.names), "tensors") as task,
     ):
         for name in oracle.names:

@@ -1,6 +1,5 @@
 """Gates without a forward pass: is the adapter in the written weights, is each element right, the rest untouched?"""
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -368,7 +367,7 @@ def _check_untouched(
         return untouched(weights[name], original, oracle.base_info(name), bundle.merge_dtype, on_codes=on_codes)
 
     results: list[tuple[str, Outcome]] = []
-    with single_threaded(), thread_pool(len(os.sched_getaffinity(0))) as pool:
+    with single_threaded(), thread_pool() as pool:
         for name, found in zip(names, pool.map(right, names), strict=True):
             results.append((name, "PASS" if found else "FAIL"))
             task.advance()

@@ -52,7 +52,7 @@ calibrate: setup ## how near each gate of verify comes to its limit, on both hal
 	$(VENV)/bin/python benchmarks/calibrate.py $(BUNDLES)
 
 coverage: setup ## how often the intervals of verify hold, by simulation
-	$(VENV)/bin/python benchmarks/coverage.py
+	$(VENV)/bin/python benchmarks/bound_coverage.py
 
 faults: setup ## every fault against every command; the matrix in build/fault-matrix.md
 	EXPORTER_FAULT_MATRIX=build/fault-matrix.md $(VENV)/bin/python -m pytest tests/faults

@@ -1,8 +1,9 @@
 """The inner loops of `quantize`, compiled: a tile meets all its arithmetic while it is in a first-level cache.
 
 Each function takes `width` outputs of values (block, N), from `first` on, side by side: they become the lanes of vector
-instructions, which only indices into whole arrays do. No sum runs across them, so that every machine finds the same
-bits. Arrays that functions fill are their last arguments.
+instructions, which only indices into whole arrays do, and where they are offset only unsigned ones: one that might
+count from the end is looked up number by number. No sum runs across lanes, so that every machine finds the same bits.
+Arrays that functions fill are their last arguments.
 """
 
 import mmap
@@ -53,7 +54,7 @@ def _extremes(values: Float, first: int, width: int, limit: np.float32, extreme:
     spoilt = np.zeros(len(extreme), np.float32)
     for j in range(len(values)):
         for n in range(width):
-            value = values[j, first + n]
+            value = values[j, np.uintp(first + n)]
             low[n] = value if value < low[n] else low[n]
             high[n] = value if value > high[n] else high[n]
             spoilt[n] += value - value  # NaN for NaN and infinity
@@ -90,7 +91,7 @@ def _overlaps(
     square[:] = ZERO
     for j in range(len(values)):
         for n in range(width):
-            value = values[j, first + n]
+            value = values[j, np.uintp(first + n)]
             code = _code(value, per_scale[n], lowest, highest)
             products[j, n] = value * code
             square[n] += code * code
@@ -140,7 +141,7 @@ def _encode(
     for j in range(len(values)):
         word, shift = j // each, np.uint32(bits * (j % each))
         for n in range(width):
-            code = _code(values[j, first + n], per_scale[n], lowest, highest)
+            code = _code(values[j, np.uintp(first + n)], per_scale[n], lowest, highest)
             words[word, n] |= np.uint32(np.int32(code) + offset) << shift
 
 

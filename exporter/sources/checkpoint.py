@@ -58,13 +58,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(directory: Path) -> tuple[Path, ...]:
-    """The weight files of `directory`: safetensors before `.bin`, an index before a single file."""
+    """The weight files of `directory` that transformers reads: safetensors before `.bin`, a file before an index."""
     for single in (SAFETENSORS, TORCH):
+        if (directory / single).is_file():
+            return (directory / single,)
         index = directory / f"{single}.index.json"
         if index.is_file():
             return tuple(directory / name for name in _shard_names(index))
-        if (directory / single).is_file():
-            return (directory / single,)
     raise InputRefused(
         f"no weights in {directory}",
         expected=f"{SAFETENSORS}, {TORCH}, or shards with an index",
@@ -92,7 +92,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
                 )
             tensors[name] = info
     index = _index_path(directory, files[0].suffix)
-    if index.is_file() and index.name.removesuffix(".index.json") != files[0].name:
+    if index.is_file() and files[0].name not in (SAFETENSORS, TORCH):
         _check_index(index, tensors)
     check_counts(directory / "config.json", config, len(tensors))
     return Checkpoint(directory, config, tensors, files)

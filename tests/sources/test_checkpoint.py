@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import GPT2LMHeadModel
 
 from exporter.errors import InputRefused
 from exporter.sources.checkpoint import open_checkpoint
@@ -55,3 +56,18 @@ def test_an_index_that_lies_is_refused(pair: Pair) -> None:
     path.write_text(json.dumps(index))
     with pytest.raises(InputRefused, match="does not hold it"):
         open_checkpoint(pair.base)
+
+
+def test_of_two_sets_of_weights_the_one_that_transformers_reads_counts(pair: Pair) -> None:
+    single = load_file(pair.base / "model.safetensors")
+    first, *rest = single
+    halves = {"model-00001-of-00002.safetensors": [first], "model-00002-of-00002.safetensors": rest}
+    for file, names in halves.items():
+        save_file({name: single[name] + 1 for name in names}, pair.base / file)
+    index = {"weight_map": {name: file for file, names in halves.items() for name in names}}
+    (pair.base / "model.safetensors.index.json").write_text(json.dumps(index))
+    loaded = GPT2LMHeadModel.from_pretrained(pair.base).state_dict()
+    checkpoint = open_checkpoint(pair.base)
+    assert [file.name for file in checkpoint.files] == ["model.safetensors"]
+    for name, info in checkpoint.tensors.items():
+        assert torch.equal(read_tensor(info), loaded[name])

@@ -197,9 +197,9 @@ def _judge_scope(gate: Gate, comparison: Comparison, scope: str, rows: NDArray[n
     outcome, detail = outcome_of(gate, bounds), ""
     if tokens < gate.tokens or documents < gate.documents:
         # The response must carry a verdict (the text, where there is no response); another scope with a handful of
-        # tokens, such as one text among instructions, is recorded.
+        # tokens, such as one text among instructions, is recorded, unless all that there is speaks against it.
         must = gate.required and (scope in ("response", "all") or not (comparison.scope == "response").any())
-        outcome = "INCONCLUSIVE" if must else "RECORDED"
+        outcome = "INCONCLUSIVE" if must or (gate.required and outcome == "FAIL") else "RECORDED"
         detail = f"{tokens} tokens of {documents} documents; the gate needs {gate.tokens} of {gate.documents}"
     if not comparison.tokens.finite[rows].all():
         outcome, detail = "FAIL", "logits that are not finite"

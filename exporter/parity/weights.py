@@ -15,7 +15,7 @@ from exporter.merging.threads import single_threaded, thread_pool
 from exporter.parity.bundles import Bundle, quantization_steps
 from exporter.parity.gates import ProjectionLimits
 from exporter.parity.oracle import Adapted, Oracle
-from exporter.parity.result import GateResult, Outcome, Projection
+from exporter.parity.result import GateResult, Outcome, Projection, number
 from exporter.progress import SILENT, Progress, Task
 from exporter.sources.tensors import FLOATS, TensorInfo
 from exporter.sources.values import DTYPES, read_tensor
@@ -153,12 +153,20 @@ def _without(values: Float, merged: Float) -> Float:
 
 
 def judge_projection(projection: Projection, limits: ProjectionLimits) -> Outcome:
-    """FAIL also where a value is NaN; INCONCLUSIVE where rounding noise hides the adapter."""
+    """FAIL also where a value is not finite; INCONCLUSIVE where rounding noise hides the adapter."""
     if projection.share is None or projection.error is None:
         return "INCONCLUSIVE"
+    if not (np.isfinite(projection.share) and np.isfinite(projection.error)):
+        return "FAIL"
     if projection.error * limits.errors > limits.blind:
         return "INCONCLUSIVE"
     return "PASS" if abs(projection.share - 1) <= max(limits.share, limits.errors * projection.error) else "FAIL"
+
+
+def _reported(projection: Projection) -> Projection:
+    """Without what is not finite, which JSON cannot hold."""
+    figures = {key: getattr(projection, key) for key in ("share", "error", "rounding")}
+    return replace(projection, **{key: value if value is None else number(value) for key, value in figures.items()})
 
 
 def check_weights(
@@ -190,7 +198,7 @@ def _checked(
             )
         if is_projected(weight, adapted):
             projection = project(stored.__getitem__, adapted)
-            projections.append(projection)
+            projections.append(_reported(projection))
             outcomes["projection"].append((adapted.name, judge_projection(projection, limits)))
         if isinstance(weight, Quantized):
             outcomes["step"].append((adapted.name, "PASS" if within_step(weight, stored, adapted.merged) else "FAIL"))
@@ -451,10 +459,10 @@ def _result(gate: str, outcome: Outcome, estimate: float, limit: float, tensors:
         scope="weights",
         outcome=outcome,
         kind="correctness",
-        estimate=float(estimate),
+        estimate=number(estimate),
         lower=None,
         upper=None,
-        limit=limit,
+        limit=number(limit),
         bound="exact",
         tokens=0,
         documents=0,

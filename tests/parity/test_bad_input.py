@@ -80,17 +80,18 @@ def test_tokenizers_that_differ(made: Made, command: Verify, tmp_path: Path) -> 
     assert "tokenizer" in said
 
 
-def test_nan_logits(made: Made, command: Verify, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "part"), [("ln_f.weight", "head"), ("h.1.attn.c_attn.weight", "block 1")])
+def test_nan_logits(name: str, part: str, made: Made, command: Verify, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(made.merged, tmp_path / "merged"))
-    broken = load_file(directory / "model.safetensors")["transformer.ln_f.weight"]
-    broken[0] = float("nan")
-    replace_tensors(directory, "model.safetensors", {"transformer.ln_f.weight": broken})
+    broken = load_file(directory / "model.safetensors")[f"transformer.{name}"].clone()
+    broken.view(-1)[0] = float("nan")
+    replace_tensors(directory, "model.safetensors", {f"transformer.{name}": broken})
     code, _ = command("--prompts", made.prompts, "--report", tmp_path / "report", bundle=directory)
     assert code == 1
     document = json.loads((tmp_path / "report" / "verification.json").read_text())
     assert document["verdict"] == "FAIL"
     assert document["bundles"][0]["origin"]["stage"] == "merge"
-    assert document["bundles"][0]["origin"]["parts"] == ["head"]
+    assert document["bundles"][0]["origin"]["parts"] == [part]
 
 
 def test_a_reference_of_other_tokens_or_of_another_model(made: Made, command: Verify, tmp_path: Path) -> None:
@@ -109,6 +110,13 @@ def test_a_reference_of_other_tokens_or_of_another_model(made: Made, command: Ve
     code, said = command("--reference", tmp_path / "none")
     assert code == 4
     assert "no reference file" in said
+
+
+def test_nothing_is_written_into_a_bundle(made: Made, command: Verify) -> None:
+    for option in ("--report", "--scratch"):
+        code, said = command("--prompts", made.prompts, option, made.merged / "inside")
+        assert (code, option in said) == (2, True)
+    assert not (made.merged / "inside").exists()
 
 
 def test_missing_bitsandbytes(made: Made, command: Verify, monkeypatch: pytest.MonkeyPatch) -> None:

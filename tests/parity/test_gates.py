@@ -59,6 +59,19 @@ def test_too_little_evidence_is_inconclusive_where_required_and_recorded_elsewhe
     assert "3 documents" in alone.detail
 
 
+def test_a_few_documents_that_all_speak_against_the_bundle_are_not_passed_over() -> None:
+    gate = replace(GATE, scopes=("response", "text"))
+    for mean, outcome in ((0.005, "RECORDED"), (5.0, "INCONCLUSIVE")):
+        both = Comparison(
+            "A-B",
+            tokens(np.concatenate([noisy(0.005), noisy(mean)])),
+            np.concatenate([np.arange(400) // 20, 20 + np.arange(400) // 80]),
+            np.repeat(["response", "text"], 400),
+        )
+        response, text = judge(gate, both)
+        assert (response.outcome, text.outcome, text.documents) == ("PASS", outcome, 5)
+
+
 def test_a_required_gate_without_tokens_is_inconclusive() -> None:
     (nothing,) = judge(GATE, comparison(noisy(0.005), scope="text"))
     assert (nothing.outcome, nothing.tokens) == ("INCONCLUSIVE", 0)

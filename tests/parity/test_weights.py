@@ -88,9 +88,10 @@ def test_rounding_the_delta_first_is_not_one_rounding(adapted: Adapted) -> None:
     assert check_elements(twice, adapted, "F16").wrong > 10
 
 
-def test_a_nan_is_a_wrong_element_and_no_projection(adapted: Adapted) -> None:
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_a_wrong_element_and_no_projection(value: float, adapted: Adapted) -> None:
     stored = round_to(adapted.merged, "F16")
-    stored[0, 0] = np.nan
+    stored[0, 0] = value
     assert check_elements(stored, adapted, "F16").wrong == 1
     assert judge_projection(project(stored.__getitem__, adapted), LIMITS) == "FAIL"
 

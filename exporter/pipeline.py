@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from exporter.errors import UsageError
 from exporter.files import LOCK, lock_directory, removed_if_empty
-from exporter.manifest import MANIFEST, describe_file, file_is_unchanged, read_manifest, stamp, write_stage
+from exporter.manifest import (
+    MANIFEST,
+    code_digest,
+    describe_file,
+    file_is_unchanged,
+    read_manifest,
+    stamp,
+    versions,
+    write_stage,
+)
 from exporter.progress import SILENT, Progress
 from exporter.sources.unchanged import Stamp, require_unchanged, watch_all
 from exporter.spec import (
@@ -274,6 +283,8 @@ class _Run:
             "prompts": spec.prompts,
             "files": [describe_file(path)["sha256"] for path in files],
             "stages": {name: self._digests(name) for name in self._stages_before_verify()},
+            "environment": versions(),  # a verdict is about what computed it too
+            "code": code_digest(),
         }
         if "cuda" in self.spec.export.targets:
             from exporter.runtime.session import cuda_is_usable

@@ -60,3 +60,13 @@ def test_a_graph_that_was_deleted_is_made_again_and_verified_again(
     assert "export-native-cuda" in redone
     assert "merge" not in redone
     assert (out / "merged/model_cuda.onnx").is_file()
+
+
+@pytest.mark.parametrize("what", ["versions", "code_digest"])
+def test_another_verifier_verifies_again(
+    what: str, pair: Pair, tmp_path: Path, asked: list[list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(pair, tmp_path / "out")
+    monkeypatch.setattr(f"exporter.pipeline.{what}", lambda: "another")
+    assert [stage.name for stage in run(pair, tmp_path / "out").stages if not stage.skipped] == ["verify"]
+    assert len(asked) == 2

@@ -10,10 +10,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from exporter.files import write_atomically
+from exporter.manifest import code_digest
 from exporter.parity.bundles import Bundle
 from exporter.parity.result import BundleResult
-
-PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +44,3 @@ class Finished:
         }
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         return self.directory / f"result-{digest[:16]}.json"
-
-
-def code_digest() -> str:
-    """Of this package's own files: a result that another state of it found is found again."""
-    files = sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".toml"))
-    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -9,7 +9,7 @@ from exporter.parity import verify as comparison
 from exporter.parity.documents import Level
 from exporter.parity.result import Verification
 from exporter.progress import SILENT, Progress
-from exporter.report import prepare_directory, write_report
+from exporter.report import prepare_directory, require_outside, write_report
 
 SCRATCH = ".scratch"
 
@@ -31,10 +31,12 @@ def verify(
 
     report: where verification.json, junit.xml, summary.md and report.html go. scratch: where logits and hidden states
     lie until the run is done, so that an interrupted one goes on; default `.scratch` in `report`, and without a report
-    a temporary directory. The other arguments and the errors are those of `exporter.parity.verify.verify`. A difference
-    is no error: see the result's verdict and exit_code.
+    a temporary directory. Neither may lie in a bundle. The other arguments and the errors are those of
+    `exporter.parity.verify.verify`. A difference is no error: see the result's verdict and exit_code.
     """
     bundles = [Path(bundle)] if isinstance(bundle, str | Path) else [Path(one) for one in bundle]
+    if scratch is not None:
+        require_outside(Path(scratch), bundles, "--scratch")
     if report is not None:
         prepare_directory(Path(report), bundles)
     with nullcontext() if report is None else lock_directory(Path(report)):

@@ -23,6 +23,7 @@ from exporter.merging.plan import DTYPES as MERGE_DTYPES
 from exporter.parity.int8_base import Onto
 from exporter.progress import SILENT, Progress
 from exporter.runtime.session import cuda_is_usable
+from exporter.sources.checkpoint import SAFETENSORS, TORCH, weight_files
 from exporter.sources.own_files import require_own_files
 from exporter.sources.tensors import TensorInfo
 from exporter.sources.values import read_tensor
@@ -103,6 +104,7 @@ def open_bundles(directory: Path, progress: Progress = SILENT) -> list[Bundle]:
         weights[graph] = _graph_weights(graph, models[graph])
         require_our_operators(graph, models[graph], NOT_TRACED if graph in traced else NOT_OURS)
     files = {graph: [graph, *weights[graph][1]] for graph in taken}
+    _require_one_model(directory, [path for read in files.values() for path in read])
     hashes, hashed = _check_hashes(directory, sorted({path for read in files.values() for path in read}), progress)
     return [
         Bundle(
@@ -120,6 +122,18 @@ def open_bundles(directory: Path, progress: Progress = SILENT) -> list[Bundle]:
         )
         for graph in taken
     ]
+
+
+def _require_one_model(directory: Path, read: list[Path]) -> None:
+    """InputRefused where transformers would load other weights from `directory` than its graphs read."""
+    if not any((directory / f"{name}{end}").exists() for name in (SAFETENSORS, TORCH) for end in ("", ".index.json")):
+        return
+    if stray := [path.name for path in weight_files(directory) if path not in read]:
+        raise InputRefused(
+            f"{directory} holds {stray[0]}, which transformers loads and no graph here reads",
+            expected="one model in a directory",
+            todo="remove it, or export the checkpoint again",
+        )
 
 
 def merged_onto(directory: Path) -> Onto:
@@ -222,22 +236,23 @@ def _check_hashes(directory: Path, read: list[Path], progress: Progress) -> tupl
             expected="every file that exporter.json lists",
             todo="make it again",
         )
-    hashes = {}
+    hashes: dict[Path, str] = {}
     with progress.task(f"hash {directory.name}", sum(path.stat().st_size for path in paths), "B") as task:
         for path in paths:
-            hashes[path.name] = sha256_file(path)
+            hashes[path] = sha256_file(path)
             task.advance(path.stat().st_size)
     for name, entry in expected.items():
         recorded = entry.get("sha256")
         if recorded is None and file_is_unchanged(directory / name, entry):  # too large to be read by its export
             continue
-        if hashes[name] != recorded:
+        if hashes[directory / name] != recorded:
             raise InputRefused(
-                f"{directory / name} has the SHA-256 {hashes[name][:16]}...",
+                f"{directory / name} has the SHA-256 {hashes[directory / name][:16]}...",
                 expected=f"{recorded[:16]}..., as exporter.json records" if recorded else "the file that was exported",
                 todo="the file was changed after it was made: make it again",
             )
-    return hashes, {path for path in read if expected.get(path.name, {}).get("sha256") is not None}
+    known = {directory / name for name, entry in expected.items() if entry.get("sha256") is not None}
+    return {str(path.relative_to(directory)): digest for path, digest in hashes.items()}, known.intersection(read)
 
 
 def listed_files(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -9,8 +9,9 @@ from typing import Any
 from exporter.errors import UsageError
 from exporter.files import disk_errors, lock_directory, removed_if_empty
 from exporter.merging.card import choose_template
+from exporter.parity.companions import pair_template
 from exporter.parity.documents import Level, tokens_sha256
-from exporter.parity.inputs import find_template, make_documents, open_pair, resolve_pair
+from exporter.parity.inputs import make_documents, open_pair, resolve_pair
 from exporter.parity.models import TorchScorer, load_reference, reference_environment
 from exporter.parity.outliers import OUTLIERS, count_outlier_columns
 from exporter.parity.reference import capture_store, is_capture
@@ -61,7 +62,7 @@ def capture(
         tempfile.TemporaryDirectory(prefix="exporter-capture-") as scratch,
     ):
         pair = open_pair(resolved, weighted, progress)
-        text = choose_template(template, []) if template else find_template([], pair)
+        text = choose_template(template, []) if template else pair_template(pair)
         documents, _ = make_documents(pair, Path(prompts) if prompts else None, level, text)
         store = LogitStore(Path(scratch), documents, pair.vocabulary)
         model = load_reference(pair.base, pair.weighted, pair.rows)

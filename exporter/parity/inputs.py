@@ -25,7 +25,7 @@ from exporter.parity.documents import (
     read_rows,
 )
 from exporter.progress import SILENT, Progress
-from exporter.prompts import chat_template, special_tokens
+from exporter.prompts import special_tokens
 from exporter.sources.adapter import LORA, Adapter, open_adapter
 from exporter.sources.checkpoint import Checkpoint, open_checkpoint, read_json
 from exporter.sources.context import CONTEXT_KEYS, context_length
@@ -40,7 +40,8 @@ SILENT_KEYS = frozenset({
     "tie_word_embeddings", "quantization_config", "bos_token_id", "eos_token_id", "pad_token_id",
     "task_specific_params", "attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "hidden_dropout",
     "initializer_range", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
-    "summary_use_proj",
+    "summary_use_proj", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
+    "gradient_checkpointing", "output_hidden_states", "output_attentions", "return_dict", "torchscript",
 })
 # fmt: on
 ALPACA_SET = PACKAGED / "alpaca.jsonl"
@@ -99,7 +100,8 @@ def open_pair(base: Path, adapters: Sequence[tuple[Path, float]], progress: Prog
     tokenizer_directory = tokenizer_files(base, [adapter.directory for adapter in opened]).directory
     tokenizer = load_tokenizer(tokenizer_directory)
     rows = resized_rows(checkpoint, opened)
-    vocabulary = min(rows or int(checkpoint.config.get("vocab_size", 1 << 62)), tokenizer.get_vocab_size())
+    ids = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # some may be missing
+    vocabulary = min(rows or int(checkpoint.config.get("vocab_size", 1 << 62)), ids)
     return Pair(
         checkpoint,
         tuple(opened),
@@ -178,15 +180,6 @@ def make_documents(
     return documents, notes
 
 
-def find_template(bundles: Sequence[Path], pair: Pair) -> str | None:
-    """The chat template: the bundle's, else the adapter's, else the base's."""
-    for directory in (*bundles, *(adapter.directory for adapter in pair.adapters), pair.base.directory):
-        template = chat_template(directory)
-        if template is not None:
-            return template
-    return None
-
-
 def check_bundle_inputs(bundle: Bundle, pair: Pair, documents: Sequence[Document]) -> None:
     """InputRefused where the bundle's tokenizer or context is not the one that the documents were made with."""
     check_config(bundle, pair)
@@ -231,7 +224,7 @@ def check_config(bundle: Bundle, pair: Pair) -> None:
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True).to_dict()
         except BUILD_ERRORS as error:
             raise cannot_build(directory, error) from error
-        return {key: value for key, value in config.items() if key not in SILENT_KEYS}
+        return {key: value for key, value in config.items() if not _is_silent(key)}
 
     ours, theirs = read(pair.base.directory), read(bundle.directory)
     odd = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
@@ -241,6 +234,14 @@ def check_config(bundle: Bundle, pair: Pair) -> None:
             expected=f"{ours.get(odd[0])!r}, as the base",
             todo="merge again: merge keeps what the base's config.json says of the model",
         )
+
+
+def _is_silent(key: str) -> bool:
+    """True for what makes no difference to the logits: see SILENT_KEYS; defaults of sampling; who wrote the file."""
+    from transformers import GenerationConfig
+
+    known = SILENT_KEYS | GenerationConfig().to_dict().keys()
+    return key in known or key.endswith("_version") or key.startswith("unsloth_")
 
 
 def _different_part(ours: Tokenizer, theirs: Tokenizer) -> str | None:

@@ -15,10 +15,11 @@ from exporter.parity.blocks_choice import Fp32Model, Memory, score_fp32
 from exporter.parity.blocks_specs import base_blocks, merged_blocks, truth_blocks
 from exporter.parity.bundle_check import Run, verify_bundle
 from exporter.parity.bundles import Bundle, open_bundles
+from exporter.parity.companions import check_companions, find_template
 from exporter.parity.documents import LEVELS, Level, tokens_sha256
 from exporter.parity.finished import Finished
 from exporter.parity.gates import load_thresholds
-from exporter.parity.inputs import Pair, check_bundle_inputs, find_template, make_documents, open_pair, resolve_pair
+from exporter.parity.inputs import Pair, check_bundle_inputs, make_documents, open_pair, resolve_pair
 from exporter.parity.int8_base import Onto
 from exporter.parity.merge_bases import compare_merge_bases
 from exporter.parity.models import (
@@ -80,10 +81,12 @@ def verify(
     opened = [one for directory in directories for one in open_bundles(directory, progress)]
     adapters = [find_adapter(one, pair) for one in opened]
     onto = _one_onto(opened)
-    template = find_template(directories, pair)
-    documents, notes = make_documents(pair, Path(prompts) if prompts else None, level, template)
+    template, notes = find_template(opened, adapters, pair)
+    documents, made = make_documents(pair, Path(prompts) if prompts else None, level, template)
+    notes += made
     for one in opened:
         check_bundle_inputs(one, pair, documents)
+        notes += check_companions(one, pair)
     tokens = tokens_sha256(documents)
     oracle = Oracle(pair.base, pair.weighted, onto)
     oracle.require_change()

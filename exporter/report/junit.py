@@ -6,6 +6,7 @@ several cases with one class name and name, across the whole file: each case has
 
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from xml.etree import ElementTree
 
 from exporter.parity.result import BundleResult, GateResult, Mutant, Verification
@@ -16,11 +17,11 @@ from exporter.report.figures import bundle_names, figure, statistic_name, where
 def junit_xml(verification: Verification) -> bytes:
     """The document, UTF-8. Figures that are only recorded appear as passed cases with their value in system-out."""
     root = ElementTree.Element("testsuites", name="exporter verify")
-    for name, bundle in zip(bundle_names(verification.bundles), verification.bundles, strict=True):
+    names = bundle_names(verification.bundles)
+    for name, package, bundle in zip(names, _packages(names), verification.bundles, strict=True):
         groups: dict[str, list[GateResult]] = defaultdict(list)
         for gate in bundle.gates:
             groups[gate.pair].append(gate)
-        package = "exporter." + re.sub(r"[^\w/-]+", "_", name).strip("_")  # a dot would split the package
         for pair, gates in groups.items():
             _suite(root, f"{name} {pair}", [_gate_case(f"{package}.{pair}", gate) for gate in gates])
         if bundle.mutants:
@@ -31,6 +32,14 @@ def junit_xml(verification: Verification) -> bytes:
     root.set("time", f"{verification.inputs.seconds:.3f}")
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="utf-8", xml_declaration=True) + b"\n"
+
+
+def _packages(names: Sequence[str]) -> list[str]:
+    """A package for each bundle, all different. A dot would split one."""
+    plain = ["exporter." + re.sub(r"[^\w/-]+", "_", name).strip("_") for name in names]
+    if len(set(plain)) == len(plain):
+        return plain
+    return [f"{name}_{i}" for i, name in enumerate(plain, start=1)]
 
 
 def _suite(root: ElementTree.Element, name: str, cases: list[ElementTree.Element]) -> None:

@@ -19,11 +19,7 @@ def prepare_directory(directory: Path, bundles: Sequence[Path]) -> None:
     UsageError where it is a file, or inside a bundle: verify writes into none. EnvironmentLacking where it cannot be
     written.
     """
-    for bundle in bundles:
-        if directory.resolve().is_relative_to(bundle.resolve()):
-            raise UsageError(
-                f"the report would go into the bundle {bundle}", expected="a --report directory outside of every bundle"
-            )
+    require_outside(directory, bundles, "--report")
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"{directory} is a file", expected="a directory for the report")
     try:
@@ -35,6 +31,15 @@ def prepare_directory(directory: Path, bundles: Sequence[Path]) -> None:
             f"the report's directory {directory} cannot be written ({error.strerror})",
             expected="a directory that can be written",
         ) from error
+
+
+def require_outside(directory: Path, bundles: Sequence[Path], option: str) -> None:
+    """UsageError where `directory` lies in a bundle."""
+    for bundle in bundles:
+        if directory.resolve().is_relative_to(bundle.resolve()):
+            raise UsageError(
+                f"{option} would write into the bundle {bundle}", expected="a directory outside of every bundle"
+            )
 
 
 def write_report(verification: Verification, directory: Path) -> None:

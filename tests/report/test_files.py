@@ -111,7 +111,8 @@ def test_each_case_has_a_name_of_its_own_in_the_whole_file(failing: Verification
     """GitLab: of duplicate names only the first is used. A failure behind it would be hidden."""
     first = failing.bundles[0]
     twins = tuple(replace(first, directory=directory) for directory in ("a/v1.2/int8", "b/v1.2/int8", "b/v1.2/int8"))
-    for bundles in (failing.bundles, twins):
+    alike = tuple(replace(first, directory=directory) for directory in ("v1.0", "v1_0"))
+    for bundles in (failing.bundles, twins, alike):
         cases = list(ElementTree.fromstring(junit_xml(replace(failing, bundles=bundles))).iter("testcase"))
         assert len({(case.get("classname"), case.get("name")) for case in cases}) == len(cases) > 20
         assert all((case.get("classname") or "").count(".") == 2 for case in cases)  # product, bundle, pair

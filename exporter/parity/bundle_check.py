@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from exporter.errors import InputRefused
 from exporter.graph.bundle import Bundle as GraphBundle
 from exporter.graph.genai_config import stop_tokens
-from exporter.parity import feeding
+from exporter.parity import feeding, filled_context
 from exporter.parity.bases import BaseOptions
 from exporter.parity.blocks_choice import Fp32Model, GraphPlace, Memory, open_scorer, score_fp32
 from exporter.parity.blocks_specs import carried_blocks, truth_blocks
@@ -74,7 +74,8 @@ def verify_bundle(run: Run, bundle: Bundle) -> BundleResult:
     cache = _score_bundle(run, bundle)
     pairs = bundle_pairs(run.store, run.reference, run.common, bundle.format != "float", run.progress)
     mutants += graph_mutants(_subject(run, bundle), gates)
-    results = [*weights.gates, *_logit_gates(run, gates, pairs), *_feeding_gates(gates, cache)]
+    filled, notes = _filled_context(run, bundle, gates)
+    results = [*weights.gates, *_logit_gates(run, gates, pairs), *_feeding_gates(gates, cache), *filled]
     results += [figure for name in ("T-O", "R-O", "T-R", "F-O") for figure in recorded(pairs.comparisons[name])]
     results += cache.recorded
     _drop_bundle(run)
@@ -86,7 +87,6 @@ def verify_bundle(run: Run, bundle: Bundle) -> BundleResult:
     correctness, quality = verdict(results, "correctness"), None
     if any(result.kind == "quality" for result in results):
         quality = verdict(results, "quality")
-    notes = []
     if bundle.provenance == "unknown":
         notes.append("provenance unknown: no manifest lists these files; they were compared by content")
     notes += [f"{name}: no CUDA provider is here to run it; this verdict is not about it" for name in bundle.others]
@@ -148,7 +148,7 @@ def _score_bundle(run: Run, bundle: Bundle) -> Fed:
     rows = [row[: feeding.LONGEST - 7 * i] for i, row in enumerate(rows)]  # unequal lengths on purpose
     graph, place, figures = bundle.model(), _place(run, bundle), list[GateResult]()
     length = context(read_json(bundle.directory / "config.json"))
-    whole = run.level != "commit" or length <= WHOLE_CONTEXT_AT_COMMIT
+    whole = _fills_context(run, length)
     if place.is_ranged(graph):
         place.score(run.store, "O", graph, content)
         cache = feeding.check_cache_in_graph(place.open(graph), rows, length, whole)
@@ -164,6 +164,26 @@ def _score_bundle(run: Run, bundle: Bundle) -> Fed:
         place.score(run.store, "O1", full_precision(graph), content)
     release()
     return Fed(cache, padding, figures)
+
+
+def _fills_context(run: Run, length: int) -> bool:
+    return run.level != "commit" or length <= WHOLE_CONTEXT_AT_COMMIT
+
+
+def _filled_context(run: Run, bundle: Bundle, gates: Sequence[Gate]) -> tuple[list[GateResult], list[str]]:
+    """The gates of a full context, and what has to be said of it."""
+    config = read_json(bundle.directory / "config.json")
+    length, judging = context(config), [gate for gate in gates if gate.pair == filled_context.NAME]
+    if not judging or not _fills_context(run, length):
+        return [], []
+    filled = filled_context.filled_length(length, int(config["vocab_size"]))
+    said = f"positions from {filled} on, of {length}, were not compared with transformers: the logits do not fit"
+    carried = open_scorer(_carried(bundle), run.memory, run.progress)
+    graph = _place(run, bundle).open(full_precision(bundle.model()))
+    rows = [document.tokens for document in run.documents]
+    found = filled_context.compare_filled(carried, graph, rows, filled, run.pair.vocabulary)
+    results = [result for gate in judging for result in judge(gate, found)] if found else []
+    return results, [said] if filled < length else []
 
 
 def _place(run: Run, bundle: Bundle) -> GraphPlace:

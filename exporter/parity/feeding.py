@@ -88,7 +88,7 @@ def check_cache_in_graph(graph: Graph, rows: Sequence[Sequence[int]], context: i
         checks.append((f"decode, {name}", len(calls) - (stop - past), slice(past, stop)))
     checks.append(("prefill in chunks of 7", len(calls), slice(0, len(row))))
     calls += chunk_calls(row, 7, len(calls))
-    tokens = _fill(rows, context) if whole_context else []
+    tokens = fill(rows, context) if whole_context else []
     if tokens:
         calls += [Call(np.array([tokens])), *decode_calls(tokens, context - 1, len(calls) + 1)]
     logits = [one[0] for one in graph.run(calls)]
@@ -182,7 +182,7 @@ def _ragged(runner: Runner, rows: Sequence[Sequence[int]]) -> PairTokens:
 
 def _last_position(runner: Runner, rows: Sequence[Sequence[int]]) -> PairTokens:
     """The last token that the context holds."""
-    tokens = _fill(rows, runner.n_positions)
+    tokens = fill(rows, runner.n_positions)
     cache = runner.new_cache(1, runner.n_positions)
     runner.prefill(cache, 0, tokens[:-1])
     decoded = runner.decode(cache, tokens[-1:])
@@ -190,7 +190,7 @@ def _last_position(runner: Runner, rows: Sequence[Sequence[int]]) -> PairTokens:
     return pair(runner.prefill(cache, 0, tokens)[None], decoded)
 
 
-def _fill(rows: Sequence[Sequence[int]], length: int) -> list[int]:
+def fill(rows: Sequence[Sequence[int]], length: int) -> list[int]:
     """The rows' tokens, again and again, `length` of them."""
     tokens = [token for row in rows for token in row]
     return (tokens * (length // len(tokens) + 1))[:length]

@@ -13,7 +13,7 @@ from exporter.parity.result import GateResult, Layer, Origin, Projection, Stage
 from exporter.parity.weights import Fault
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-GRAPH_PAIRS = ("F-O", "F-O1", "O-D", "O-P")
+GRAPH_PAIRS = ("F-O", "F-O1", "F-C", "O-D", "O-P")
 FLOOR = 1e-9  # a part of a graph that is nearer than this to the model with the same weights is not at fault
 BESIDE = 0.01  # parts with at least this much of the largest error are named too
 SHOWN = 8

@@ -68,8 +68,10 @@ def bundles_in(directory: Path) -> list[Bundle]:
 
 def bundle_weights(bundle: Bundle) -> Mapping[str, Weight]:
     """The stored weights by checkpoint name; headers only."""
-    own = bundle.directory / WEIGHTS
-    return open_weights(own) if own.is_file() else open_checkpoint(bundle.directory).tensors
+    own, listed = bundle.directory / WEIGHTS, bundle.section.get("weights")
+    if isinstance(listed, list) and WEIGHTS in listed and own.is_file():
+        return open_weights(own)
+    return open_checkpoint(bundle.directory).tensors
 
 
 def describe_known(path: Path, manifest: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What an export does not write over: files and directories that no export of ours has made."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +41,33 @@ def refuse_foreign_adapters(
             )
 
 
+def refuse_own_directory(directory: Path, checkpoint: Path) -> None:
+    """UsageError, whatever --force says: the user's model would be written over while it is read."""
+    if os.path.realpath(directory) == os.path.realpath(checkpoint):
+        raise UsageError(
+            f"{directory} is the checkpoint's own directory",
+            expected="a directory apart from what the export reads",
+            todo="choose another --out",
+        )
+
+
 def refuse_foreign_directory(directory: Path, stage: str, *, force: bool) -> None:
-    """Ours: a manifest with nothing but exports, or what an export leaves when it is killed before its manifest."""
+    """Ours: a manifest with nothing but bundles that are complete alone, or what one leaves that was killed before."""
     if not directory.is_dir() or force:
         return
     others = {entry.name for entry in directory.iterdir() if not entry.name.startswith(".")}
     stages = (read_manifest(directory) or {"stages": {}})["stages"]
     adapters = {name for name in others if name.endswith((SUFFIX, TEMPLATE_SUFFIX))}
     unfinished = WEIGHTS in others and others - adapters <= {WEIGHTS, GENAI_CONFIG, *GRAPHS.values(), *COMPANIONS}
-    ours = bool(stages) and all(stage.startswith(STAGE) for stage in stages)
+    ours = bool(stages) and all(stage.startswith(STAGE) and _is_alone(one) for stage, one in stages.items())
     if others and not ours and not unfinished:
         raise UsageError(
             f"{directory} holds something else ({', '.join(sorted(others)[:3])})",
             expected=f"a new directory or an earlier {stage}",
             todo="choose another --out, or give --force",
         )
+
+
+def _is_alone(section: Mapping[str, Any]) -> bool:
+    """False for a graph over a checkpoint's own files: the directory is somebody's model."""
+    return section.get("precision") != "native" or WEIGHTS in section.get("files", {})

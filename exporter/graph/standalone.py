@@ -13,7 +13,7 @@ from exporter.graph.bundle import GRAPHS, Bundle, describe_known
 from exporter.graph.companions import companions
 from exporter.graph.components import ACCURACY_LEVEL
 from exporter.graph.decoder import MATRICES, Decoder, decoder_weights
-from exporter.graph.foreign import refuse_foreign_directory
+from exporter.graph.foreign import refuse_foreign_directory, refuse_own_directory
 from exporter.graph.provenance import merge_facts, provenance
 from exporter.graph.publish import bundle_section, publish_section, retire_written_over, write_graph
 from exporter.graph.quantized_file import Stored, bits_per_weight, write_weights
@@ -63,10 +63,12 @@ def write_bundle(
     """Write `bundle` whole: weights, graph, small files, manifest.
 
     stored: by checkpoint name. small: files beside the weights. facts: of the manifest's section. extra: tensors that
-    go into the weights as they are. Raises as `write_weights`, and UsageError for a directory of somebody else's.
+    go into the weights as they are. Raises as `write_weights`, and UsageError for a directory of somebody else's or for
+    the checkpoint's own.
     """
     directory = bundle.directory
     manifest = read_manifest(checkpoint.directory)
+    refuse_own_directory(directory, checkpoint.directory)
     refuse_foreign_directory(directory, bundle.stage, force=force)
     with removed_if_empty(directory), lock_directory(directory), disk_errors(directory):
         sources = {file.name: describe_known(file, manifest)["sha256"] for file in checkpoint.files}

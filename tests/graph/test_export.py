@@ -186,6 +186,33 @@ def test_foreign_files_are_not_overwritten_without_force(tmp_path: Path) -> None
     export(tmp_path / "merged", precision=["native", "int8"], force=True)
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_the_checkpoints_own_directory_is_no_output(tmp_path: Path, force: bool) -> None:
+    """A precision's directory has a plain name, and so may the user's model: force is no leave to lose it."""
+    source = tmp_path / "fp16"
+    tiny_model(source)
+    save_byte_tokenizer(source)
+    export(source)
+    before = {file.name: file.read_bytes() for file in source.iterdir()}
+    with pytest.raises(UsageError, match="checkpoint's own directory"):
+        export(source, precision=["fp16"], force=force)
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(UsageError, match="checkpoint's own directory"):
+        export(source, precision=["fp16"], out=tmp_path / "link", force=force)
+    assert {file.name: file.read_bytes() for file in source.iterdir()} == before
+
+
+def test_a_native_export_does_not_make_somebodys_model_an_output(tmp_path: Path) -> None:
+    tiny_model(tmp_path / "merged")
+    mine = tmp_path / "int8"
+    tiny_model(mine, seed=1)
+    export(mine)
+    before = {file.name: file.read_bytes() for file in mine.iterdir()}
+    with pytest.raises(UsageError, match="holds something else"):
+        export(tmp_path / "merged", precision=["int8"])
+    assert {file.name: file.read_bytes() for file in mine.iterdir()} == before
+
+
 def test_names_are_checked_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="int3"):
         export(tmp_path, precision=["int3"])
@@ -233,6 +260,15 @@ def test_two_targets_share_genai_config_and_every_listed_hash_holds(tmp_path: Pa
     for bundle in bundles_in(tmp_path):
         for name, entry in bundle.section["files"].items():
             assert describe_file(tmp_path / name)["sha256"] == entry["sha256"]
+
+
+def test_weights_of_another_bundle_beside_a_checkpoint_are_not_the_graphs(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "merged")
+    (native,) = export(tmp_path / "merged")
+    (other,) = export(tmp_path / "merged", precision=["fp16"])
+    (native.directory / WEIGHTS).write_bytes((other.directory / WEIGHTS).read_bytes())
+    for name, value in dequantized_weights(native):
+        assert torch.equal(value, model.model.state_dict()[name])
 
 
 def test_linked_weights_are_not_pointed_into(tmp_path: Path) -> None:

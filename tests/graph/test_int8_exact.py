@@ -224,6 +224,16 @@ def test_arguments_that_do_not_belong_together_are_usage_errors(tmp_path: Path) 
         export(base=tmp_path, adapter=tmp_path, adapters="separate", precision=["int8-exact"], out=tmp_path / "out")
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_the_bases_own_directory_is_no_output(tmp_path: Path, force: bool) -> None:
+    pair = make_pair(tmp_path)
+    export(pair.base)
+    before = {file.name: file.read_bytes() for file in pair.base.iterdir()}
+    with pytest.raises(UsageError, match="checkpoint's own directory"):
+        export(base=pair.base, adapter=pair.adapter, precision=["int8-exact"], out=pair.base, force=force)
+    assert {file.name: file.read_bytes() for file in pair.base.iterdir()} == before
+
+
 def test_an_output_whose_weights_are_all_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """bitsandbytes' scale of it is 0: the adapter alone speaks there, and a change of it is still seen."""
     monkeypatch.setitem(ACCURACY_LEVEL, "cpu", 1)

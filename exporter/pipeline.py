@@ -163,13 +163,15 @@ def _is_begun(directory: Path) -> bool:
     """True if nothing stands in `directory` but what a run leaves that was killed before its first stage was noted.
 
     That is a merge, finished or not: until it is finished some of it has partial names. A lock file alone is no leave
-    to overwrite, since a native export that was killed leaves one in the user's own model directory.
+    to overwrite, since a native export that was killed leaves one in the user's own model directory, nor is a manifest
+    that lists no merge: one that was not killed leaves that.
     """
     content = {path.name for path in directory.iterdir() if not _is_passing(path.name)}
     if content != {"merged"} or not (directory / "merged").is_dir():
         return not content
     merged = {path.name for path in (directory / "merged").iterdir()}
-    return MANIFEST in merged or all(map(_is_passing, merged)) or any(name.endswith(".partial") for name in merged)
+    stages = (read_manifest(directory / "merged") or {"stages": {}})["stages"]
+    return "merge" in stages or all(map(_is_passing, merged)) or any(name.endswith(".partial") for name in merged)
 
 
 def _is_passing(name: str) -> bool:
@@ -244,7 +246,9 @@ class _Run:
                 memory=spec.memory,
                 template=self.spec.prompt.template,
             )
-            merged = merge_sources(base, adapters, self.merged, options, force=True, progress=self.progress)
+            # Until this run has noted one, another merge that stands there is somebody's; an interrupted one goes on.
+            force = self.force or bool(self._section("merge"))
+            merged = merge_sources(base, adapters, self.merged, options, force=force, progress=self.progress)
             return {f"merged/{name}": entry for name, entry in merged.section["files"].items()}
 
         return self._stage("merge", request, work)

@@ -1,5 +1,6 @@
 """`exporter run` over several precisions and targets; what its stages do themselves is tested with them."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 import exporter
+from exporter.errors import UsageError
 from exporter.pipeline import PARITY_FILES, RunResult
 from tests.pairs import Pair
 
@@ -70,3 +72,39 @@ def test_another_verifier_verifies_again(
     monkeypatch.setattr(f"exporter.pipeline.{what}", lambda: "another")
     assert [stage.name for stage in run(pair, tmp_path / "out").stages if not stage.skipped] == ["verify"]
     assert len(asked) == 2
+
+
+def test_somebodys_model_in_its_directory_is_kept(pair: Pair, tmp_path: Path, asked: list[list[Path]]) -> None:
+    """A native export leaves a manifest there, which says of no merge."""
+    out = tmp_path / "out"
+    shutil.copytree(pair.base, out / "merged")
+    exporter.export(out / "merged")
+    before = contents(out / "merged")
+    with pytest.raises(UsageError, match="holds something else"):
+        run(pair, out)
+    (out / "merged/.model_cuda.onnx.partial").touch()  # as an export leaves it that was killed
+    with pytest.raises(UsageError, match="holds another merge or a damaged one"):
+        run(pair, out)
+    (out / "merged/.model_cuda.onnx.partial").unlink()
+    assert contents(out / "merged") == before
+
+
+def test_another_merge_in_its_directory_is_kept_and_this_very_one_is_taken(
+    pair: Pair, tmp_path: Path, asked: list[list[Path]]
+) -> None:
+    out = tmp_path / "out"
+    exporter.merge(base=pair.base, adapter=pair.adapter, out=out / "merged", weight=[2])
+    before = contents(out / "merged")
+    with pytest.raises(UsageError, match="holds another merge"):
+        run(pair, out)
+    assert contents(out / "merged") == before
+    exporter.merge(base=pair.base, adapter=pair.adapter, out=out / "merged", force=True)
+    inode = (out / "merged/model.safetensors").stat().st_ino
+    run(pair, out)
+    assert (out / "merged/model.safetensors").stat().st_ino == inode
+    run(pair, out, template="alpaca")  # its own by now
+    assert (out / "merged/model.safetensors").stat().st_ino != inode
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}

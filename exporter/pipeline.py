@@ -211,7 +211,7 @@ class _Run:
 
         def at_commit(source: str, revision: str | None, kind: Any) -> "Source":
             key = f"{source}@{revision or 'main'}"
-            found = resolve(source, revision=known.get(key, revision), kind=kind, progress=self.progress)
+            found = resolve(source, revision=revision, commit=known.get(key), kind=kind, progress=self.progress)
             if found.commit:
                 commits[key] = found.commit
             return found

@@ -9,7 +9,9 @@ import pytest
 
 import exporter
 from exporter.errors import UsageError
+from exporter.manifest import read_manifest
 from exporter.pipeline import PARITY_FILES, RunResult
+from tests.hub_server import Hub, hub  # noqa: F401 (a fixture)
 from tests.pairs import Pair
 
 
@@ -104,6 +106,30 @@ def test_another_merge_in_its_directory_is_kept_and_this_very_one_is_taken(
     assert (out / "merged/model.safetensors").stat().st_ino == inode
     run(pair, out, template="alpaca")  # its own by now
     assert (out / "merged/model.safetensors").stat().st_ino != inode
+
+
+@pytest.mark.parametrize("revision", ["", "@v1"])
+def test_a_hub_id_stays_at_the_commit_of_the_first_run(
+    pair: Pair,
+    tmp_path: Path,
+    asked: list[list[Path]],
+    hub: Hub,  # noqa: F811
+    revision: str,
+) -> None:
+    branch, out = revision[1:] or "main", tmp_path / "out"
+    commit = hub.publish("o/base", pair.base, branch)
+    hub.publish("o/adapter", pair.adapter)
+
+    def run_ids() -> RunResult:
+        return exporter.run(base=f"o/base{revision}", adapter="o/adapter", out=out)
+
+    run_ids()
+    hub.publish("o/base", {"config.json": b"{}", "model.safetensors": b"another"}, branch)
+    assert run_ids().did_nothing
+    (out / "merged/model.safetensors").unlink()
+    assert not run_ids().did_nothing
+    origin = (read_manifest(out / "merged") or {})["stages"]["merge"]["request"]["base"]
+    assert (origin["revision"], origin["commit"]) == (branch, commit)
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -6,7 +6,7 @@ import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,10 +57,16 @@ class _File:
 
 
 def resolve(
-    source: str | Path, *, revision: str | None = None, kind: Literal["base", "adapter"], progress: Progress = SILENT
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    commit: str | None = None,
+    kind: Literal["base", "adapter"],
+    progress: Progress = SILENT,
 ) -> Source:
     """The directory of a base or an adapter: `source` itself if it exists, else the hub's `owner/name[@revision]`.
 
+    commit: what the revision is to stand for, where an earlier call has found it; by default what it is at the hub now.
     A download goes into huggingface_hub's cache, resumes where an earlier one stopped, and takes no code: config,
     tokenizer, licence and weights, safetensors where there are some, else `.bin`. With HF_HUB_OFFLINE, or with a hub
     that cannot be reached, a complete snapshot in the cache serves. Raises InputRefused (no such directory or
@@ -76,7 +82,8 @@ def resolve(
     name, own = _parse_id(source)
     if own and revision and own != revision:
         raise UsageError(f"{source} and the revision {revision} disagree", expected="one revision")
-    return _from_hub(name, own or revision or constants.DEFAULT_REVISION, kind, progress)
+    asked = own or revision or constants.DEFAULT_REVISION
+    return replace(_from_hub(name, commit or asked, kind, progress), revision=asked)
 
 
 def _parse_id(source: str) -> tuple[str, str | None]:

@@ -209,6 +209,17 @@ def test_a_branch_is_pinned_to_its_commit(hub: Hub) -> None:
     assert (source.directory / "model.safetensors").read_bytes() == b"branch"
 
 
+def test_a_known_commit_counts_and_the_revision_is_still_what_was_asked_for(hub: Hub) -> None:
+    files = {"config.json": CONFIG, "README.md": b"a card"}
+    first = hub.publish(BASE, files | {"model.safetensors": b"first"}, revision="v2")
+    hub.publish(BASE, files | {"model.safetensors": b"second"}, revision="v2")
+    source = resolve(f"{BASE}@v2", commit=first, kind="base")
+    assert (source.revision, source.commit) == ("v2", first)
+    assert (source.directory / "model.safetensors").read_bytes() == b"first"
+    with pytest.raises(UsageError, match="v2 and the revision main disagree"):
+        resolve(f"{BASE}@v2", revision="main", commit=first, kind="base")
+
+
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small chunks, and no waiting between huggingface_hub's own attempts."""

@@ -11,9 +11,11 @@ from exporter.errors import EnvironmentLacking, ExporterError, InputRefused, Usa
 from exporter.files import human_bytes, lock_directory, publish, removed_if_empty, require_free_space
 from exporter.graph.bundle import GRAPHS, Bundle
 from exporter.graph.companions import companions
+from exporter.graph.foreign import refuse_own_directory
 from exporter.graph.free_memory import free_main_memory
 from exporter.graph.optimum_weights import Placed, place_weights
 from exporter.graph.provenance import merge_facts, provenance
+from exporter.graph.publish import remove_dropped
 from exporter.graph.weights import WEIGHTS
 from exporter.manifest import describe_file, read_manifest, versions, write_stage
 from exporter.progress import SILENT, Progress
@@ -32,22 +34,37 @@ SECONDS, SECONDS_A_BYTE = 13.0, 23e-9
 def export_with_optimum(
     checkpoint: Checkpoint, out: Path, *, force: bool = False, progress: Progress = SILENT
 ) -> Bundle:
-    """A float32 bundle in `out`/optimum/. EnvironmentLacking without optimum, InputRefused where optimum refuses."""
+    """A float32 bundle in `out`/optimum/. EnvironmentLacking without optimum, InputRefused where optimum refuses.
+
+    UsageError for a directory of somebody else's without `force`, and for the checkpoint's own.
+    """
     _require_optimum()
     directory = out / "optimum"
+    bundle = Bundle(directory, "optimum", "cpu", directory / GRAPHS["cpu"])
+    refuse_own_directory(directory, checkpoint.directory)
     others = [one for one in directory.iterdir() if not one.name.startswith(".")] if directory.is_dir() else []
-    if others and read_manifest(directory) is None and not force:
-        raise UsageError(f"{directory} holds something else", todo="choose another --out, or give --force")
+    if others and not _is_exported(bundle) and not force:
+        raise UsageError(
+            f"{directory} holds something else",
+            expected="a new directory or an earlier export with optimum",
+            todo="choose another --out, or give --force",
+        )
     cost = estimate_cost(checkpoint)
     _require_memory(cost)
     progress.note(f"optimum loads, traces and saves the whole model: {cost}")
     with removed_if_empty(directory), lock_directory(directory):
         _remove_leftovers(directory)
         require_free_space(directory, DISK_FACTOR * checkpoint.nbytes, "exporting with optimum")
-        return _export(checkpoint, directory, cost, progress)
+        _export(checkpoint, bundle, cost, progress)
+    return bundle
 
 
-def _export(checkpoint: Checkpoint, directory: Path, cost: "Cost", progress: Progress) -> Bundle:
+def _is_exported(bundle: Bundle) -> bool:
+    return bundle.stage in (read_manifest(bundle.directory) or {"stages": {}})["stages"]
+
+
+def _export(checkpoint: Checkpoint, bundle: Bundle, cost: "Cost", progress: Progress) -> None:
+    directory = bundle.directory
     with (
         tempfile.TemporaryDirectory(prefix=".optimum.", suffix=".partial", dir=directory) as scratch,
         progress.task(f"optimum exports {checkpoint.directory.name}", 1) as task,
@@ -58,11 +75,11 @@ def _export(checkpoint: Checkpoint, directory: Path, cost: "Cost", progress: Pro
         for name, data in companions(checkpoint.directory).items():
             (Path(scratch) / name).write_bytes(data)
         files = sorted(file for file in Path(scratch).iterdir() if file.is_file() and not _is_traced(file))
+        earlier = bundle.section.get("files", {}) if _is_exported(bundle) else {}
         for stale in filter(_is_traced, directory.iterdir()):  # of an export that left the weights there
             stale.unlink()
         for file in files:
             publish(file, directory / file.name)
-        bundle = Bundle(directory, "optimum", "cpu", directory / GRAPHS["cpu"])
         manifest = read_manifest(checkpoint.directory)
         section = {
             "precision": bundle.precision,
@@ -81,8 +98,8 @@ def _export(checkpoint: Checkpoint, directory: Path, cost: "Cost", progress: Pro
             "versions": versions(),
         } | merge_facts(manifest)
         write_stage(directory, bundle.stage, section)
+        remove_dropped(directory, earlier)
         task.advance()
-    return bundle
 
 
 @dataclass(frozen=True, slots=True)

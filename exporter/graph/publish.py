@@ -98,15 +98,20 @@ def publish_section(bundle: Bundle, section: dict[str, Any], gone: Mapping[str, 
                 files.pop(GENAI_CONFIG, None)
             write_stage(bundle.directory, other.stage, listed | {"files": files})
     write_stage(bundle.directory, bundle.stage, section)
-    _remove_dropped(bundle.directory, {**gone, **earlier})
+    small = {name: entry for name, entry in {**gone, **earlier}.items() if _is_small(name)}
+    remove_dropped(bundle.directory, small)
 
 
-def _remove_dropped(directory: Path, earlier: Mapping[str, dict[str, Any]]) -> None:
-    """Small files that the export before wrote, unchanged since, and that no section lists any more."""
+def _is_small(name: str) -> bool:
+    """Weights that a section lists may be the user's own."""
+    return name in COMPANIONS or name.endswith((SUFFIX, TEMPLATE_SUFFIX))
+
+
+def remove_dropped(directory: Path, earlier: Mapping[str, dict[str, Any]]) -> None:
+    """Take away what the export before wrote, unchanged since, and no section lists any more. earlier: its entries."""
     stages = (read_manifest(directory) or {"stages": {}})["stages"]
     listed = {name for section in stages.values() for name in section.get("files", {})}
     for name, entry in earlier.items():
         path = directory / name
-        is_small = name in COMPANIONS or name.endswith((SUFFIX, TEMPLATE_SUFFIX))
-        if name not in listed and is_small and path.parent == directory and file_is_unchanged(path, entry):
+        if name not in listed and path.parent == directory and file_is_unchanged(path, entry):
             path.unlink()

@@ -1,7 +1,9 @@
 """Architectures without a builder go through optimum; their bundles run like the others."""
 
 import re
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,13 @@ from transformers import OPTConfig, OPTForCausalLM
 from exporter.errors import EnvironmentLacking, InputRefused, UsageError
 from exporter.graph.export import export
 from exporter.graph.optimum_builder import estimate_cost
+from exporter.graph.optimum_weights import Placed
+from exporter.graph.weights import WEIGHTS
+from exporter.manifest import MANIFEST
 from exporter.runtime.load import load
 from exporter.sources.checkpoint import Checkpoint, open_checkpoint
 from exporter.sources.tensors import TensorInfo
-from tests.graph.conftest import tokens
+from tests.graph.conftest import tiny_model, tokens
 from tests.notes import Notes
 
 
@@ -96,6 +101,57 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(
     with pytest.raises(EnvironmentLacking, match=r"takes about 1\.\d GB of memory .*two cores, and 1\.\d GB are free"):
         export(tmp_path / "merged", builder="optimum")
     assert not (tmp_path / "optimum").exists()
+
+
+@pytest.fixture
+def untraced(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """An export without optimum's part; says whether the next one leaves weights beside its graph."""
+    has_weights = True
+
+    def place_weights(graph: Path, *_: object) -> Placed:
+        if not has_weights:
+            return Placed({}, {}, ())
+        graph.with_name(WEIGHTS).write_bytes(b"weights")
+        return Placed({"w": "digest"}, {}, ())
+
+    def choose(choice: bool) -> None:
+        nonlocal has_weights
+        has_weights = choice
+
+    def trace(_: Path, output: Path) -> None:
+        (output / "model.onnx").write_bytes(b"graph")
+
+    module = "exporter.graph.optimum_builder"
+    monkeypatch.setattr(f"{module}._require_optimum", lambda: None)
+    monkeypatch.setattr(f"{module}._trace", trace)
+    monkeypatch.setattr(f"{module}.place_weights", place_weights)
+    return choose
+
+
+def test_nothing_of_the_model_exported_before_stays(tmp_path: Path, untraced: Callable[[bool], None]) -> None:
+    opt(tmp_path / "first")
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    for name in ("chat_template.jinja", "added_tokens.json"):
+        (tmp_path / "first" / name).write_text("{}")
+    (bundle,) = export(tmp_path / "first", builder="optimum")
+    assert {"chat_template.jinja", "added_tokens.json", WEIGHTS} <= bundle.section["files"].keys()
+    untraced(False)
+    assert export(tmp_path / "second", builder="optimum") == [bundle]
+    assert {file.name for file in bundle.directory.iterdir()} == {*bundle.section["files"], MANIFEST}
+    assert not {"chat_template.jinja", "added_tokens.json", WEIGHTS} & bundle.section["files"].keys()
+
+
+def test_somebodys_model_named_optimum_is_kept(tmp_path: Path, untraced: Callable[[bool], None]) -> None:
+    opt(tmp_path / "merged")
+    mine = tmp_path / "optimum"
+    tiny_model(mine)
+    export(mine)
+    before = {file.name: file.read_bytes() for file in mine.iterdir()}
+    with pytest.raises(UsageError, match="holds something else"):
+        export(tmp_path / "merged", builder="optimum")
+    with pytest.raises(UsageError, match="checkpoint's own directory"):
+        export(mine, builder="optimum", force=True)
+    assert {file.name: file.read_bytes() for file in mine.iterdir()} == before
 
 
 @pytest.mark.parametrize(("parameters", "gigabytes", "seconds"), [(111e6, 2.7, 23), (590e6, 9.5, 67)])

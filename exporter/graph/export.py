@@ -1,5 +1,6 @@
 """`exporter export`: from a checkpoint, or from a base and its adapters, to bundles."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +61,8 @@ def export(
     "int8-exact" they give the codes of 8-bit loading with the adapters added beside them.
     block_size: weights that share a scale in int8 and int4, one of BLOCKS: larger ones compute faster, with more error.
     deployment: names of DEPLOYMENTS, files that run the bundle elsewhere, in its directory `deployment`.
-    Raises UsageError (unknown name, foreign output without `force`), InputRefused (a checkpoint that cannot be
-    honoured), EnvironmentLacking (disk, optimum).
+    Raises UsageError (unknown name, foreign output without `force`, an `out` that would stay empty), InputRefused (a
+    checkpoint that cannot be honoured), EnvironmentLacking (disk, optimum).
     """
     if deployment:
         _check_names("deployment", deployment, tuple(DEPLOYMENTS))
@@ -139,11 +140,24 @@ def _export_checkpoint(checkpoint: Path, wanted: Wanted, progress: Progress) -> 
 
         return [export_with_optimum(opened, wanted.out or checkpoint.parent, force=wanted.force, progress=progress)]
     read_decoder(opened.config)  # before anything is written
+    if wanted.precisions == ("native",) and can_be_pointed_into(opened):
+        _refuse_unused(wanted.out, checkpoint)
     return [
         _export_one(opened, precision, target, wanted, progress)
         for precision in wanted.precisions
         for target in wanted.targets
     ]
+
+
+def _refuse_unused(out: Path | None, checkpoint: Path) -> None:
+    """A native graph lies in the checkpoint's directory: as `out`, that and the one above it say so too."""
+    above = (os.path.realpath(checkpoint.parent), os.path.dirname(os.path.realpath(checkpoint)))  # noqa: PTH120
+    if out is not None and os.path.realpath(out) not in (os.path.realpath(checkpoint), *above):
+        raise UsageError(
+            f"--out {out} with native precision: the graph lies beside the weights that it reads, in {checkpoint}",
+            expected="no --out, or a precision that has weights of its own",
+            todo="leave --out away, or give --precision fp32 or fp16 for a directory of its own",
+        )
 
 
 def _export_one(checkpoint: Checkpoint, precision: str, target: str, wanted: Wanted, progress: Progress) -> Bundle:

@@ -25,6 +25,21 @@ def refuse_foreign_graph(bundle: Bundle, manifest: dict[str, Any] | None, *, for
         )
 
 
+def refuse_foreign_genai_config(
+    bundle: Bundle, manifest: dict[str, Any] | None, content: bytes, *, force: bool
+) -> None:
+    """genai's file that no stage of ours lists, beside no graph of ours (a crash), unless it is what is written."""
+    path, stages = bundle.directory / GENAI_CONFIG, (manifest or {"stages": {}})["stages"]
+    if force or not path.exists() or any(GENAI_CONFIG in section.get("files", {}) for section in stages.values()):
+        return
+    if path.read_bytes() != content and not any(is_ours(bundle.directory / name) for name in GRAPHS.values()):
+        raise UsageError(
+            f"{path} is there and was not written by exporter",
+            expected="no such file, or one that the manifest lists",
+            todo="move it away, or give --force to replace it",
+        )
+
+
 def refuse_foreign_adapters(
     bundle: Bundle, manifest: dict[str, Any] | None, adapters: Sequence[RuntimeAdapter], *, force: bool
 ) -> None:

@@ -7,9 +7,16 @@ from exporter.files import disk_errors, human_bytes, lock_directory
 from exporter.graph.adapters import RuntimeAdapter, adapter_facts, write_adapters
 from exporter.graph.architectures import read_decoder
 from exporter.graph.bundle import GRAPHS, Bundle, describe_known, describe_unread, known_sha256
-from exporter.graph.foreign import refuse_foreign_adapters, refuse_foreign_graph
+from exporter.graph.foreign import refuse_foreign_adapters, refuse_foreign_genai_config, refuse_foreign_graph
+from exporter.graph.genai_config import genai_config
 from exporter.graph.provenance import provenance
-from exporter.graph.publish import bundle_section, publish_section, retire_written_over, write_graph
+from exporter.graph.publish import (
+    bundle_section,
+    owns_genai_config,
+    publish_section,
+    retire_written_over,
+    write_graph,
+)
 from exporter.manifest import read_manifest
 from exporter.progress import Progress
 from exporter.sources.checkpoint import Checkpoint, open_checkpoint
@@ -40,6 +47,9 @@ def export_native(
         watched = watch(checkpoint.files)
         manifest = read_manifest(directory)
         refuse_foreign_graph(bundle, manifest, force=force)
+        if owns_genai_config(bundle):
+            content = genai_config(directory, checkpoint.config, decoder.sizes, bundle.graph.name, target)
+            refuse_foreign_genai_config(bundle, manifest, content, force=force)
         refuse_foreign_adapters(bundle, manifest, adapters, force=force)
         facts = {"provenance": provenance(directory, manifest)} | adapter_facts(adapters)
         unseen = [file for file in checkpoint.files if known_sha256(file, manifest) is None]

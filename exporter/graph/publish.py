@@ -34,19 +34,19 @@ def write_graph(
     adapted = adapted_modules(adapters)
     model = build_model(decoder, weights, bundle.target, metadata, accuracy_level=level, adapted=adapted)
     write_atomically(bundle.graph, serialize(model))
-    if _owns_genai_config(bundle):
+    if owns_genai_config(bundle):
         content = genai_config(bundle.directory, config, decoder.sizes, bundle.graph.name, bundle.target)
         write_atomically(bundle.directory / GENAI_CONFIG, content)
 
 
-def _owns_genai_config(bundle: Bundle) -> bool:
+def owns_genai_config(bundle: Bundle) -> bool:
     """genai reads one configuration a directory: with graphs for both targets it names the one that runs anywhere."""
     return bundle.target == "cpu" or not (bundle.directory / GRAPHS["cpu"]).exists()
 
 
 def bundle_section(bundle: Bundle, weights: dict[str, dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
     """The manifest's section, all but the files of adapters and companions. weights: entries by file name."""
-    own = [bundle.graph.name, *([GENAI_CONFIG] if _owns_genai_config(bundle) else [])]
+    own = [bundle.graph.name, *([GENAI_CONFIG] if owns_genai_config(bundle) else [])]
     files = {name: describe_file(bundle.directory / name) for name in own}
     return {
         "precision": bundle.precision,

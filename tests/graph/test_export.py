@@ -186,6 +186,40 @@ def test_foreign_files_are_not_overwritten_without_force(tmp_path: Path) -> None
     export(tmp_path / "merged", precision=["native", "int8"], force=True)
 
 
+def test_a_foreign_genai_config_is_not_overwritten_without_force(tmp_path: Path) -> None:
+    tiny_model(tmp_path)
+    path = tmp_path / "genai_config.json"
+    path.write_text("mine")
+    with pytest.raises(UsageError, match=r"genai_config\.json is there[\s\S]*--force"):
+        export(tmp_path)
+    assert path.read_text() == "mine"
+    assert not (tmp_path / "model.onnx").exists()
+    (bundle,) = export(tmp_path, force=True)
+    written = path.read_bytes()
+    for name in ("exporter.json", "model.onnx"):  # what is written is no loss, with a graph of ours or without one
+        (tmp_path / name).unlink()
+        assert export(tmp_path) == [bundle]
+    (tmp_path / "exporter.json").unlink()
+    path.write_text("of an export that was killed, with other options")
+    assert export(tmp_path) == [bundle]
+    assert path.read_bytes() == written
+
+
+def test_an_out_that_would_stay_empty_is_refused(tmp_path: Path) -> None:
+    source, out = tmp_path / "model", tmp_path / "elsewhere"
+    tiny_model(source)
+    before = sorted(source.iterdir())
+    with pytest.raises(UsageError, match=r"beside the weights that it reads[\s\S]*fp16"):
+        export(source, out=out)
+    assert sorted(source.iterdir()) == before
+    for place in (source, tmp_path):
+        assert export(source, out=place)[0].directory == source
+    assert [bundle.directory for bundle in export(source, precision=["native", "fp16"], out=out)] == [
+        source,
+        out / "fp16",
+    ]
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_the_checkpoints_own_directory_is_no_output(tmp_path: Path, force: bool) -> None:
     """A precision's directory has a plain name, and so may the user's model: force is no leave to lose it."""

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
 
 EOS = "<|endoftext|>"
+HELLO, LOW = 256, 257  # the words of fallback_tokenizer
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,16 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     bpe.decoder = ByteLevelDecoder()
     bpe.add_special_tokens([EOS])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=EOS, eos_token=EOS, unk_token=EOS)
+
+
+def fallback_tokenizer() -> Tokenizer:
+    """Llama-2's and Mistral's way: words, and bytes for the rest; one that is no UTF-8 spoils all bytes in its row."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁Hello": HELLO, "lo": LOW}
+    tokenizer = Tokenizer(BPE(vocabulary, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
 
 
 def gpt2_config(**changes: Any) -> GPT2Config:

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from exporter.errors import InputRefused
+
+UNFINISHED = "\ufffd"  # what the bytes of half a character decode to
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -25,6 +26,35 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     return tokenizer
 
 
+class PieceDecoder:
+    """Tokens to pieces of whole characters: `step` for each token, `rest` at the end. Never raises for odd bytes."""
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._ids: list[int] = []  # from the last piece on: what a token says may depend on those before it
+        self._told = 0  # of these, those in that piece
+
+    def step(self, token: int) -> str:
+        self._ids.append(token)
+        piece = self.rest()
+        if not piece or piece.endswith(UNFINISHED):
+            return ""
+        self._ids = self._ids[self._told :]
+        self._told = len(self._ids)
+        return piece
+
+    def rest(self) -> str:
+        """What no piece has told yet; bytes that are no character are U+FFFD."""
+        told, text = self._decode(self._ids[: self._told]), self._decode(self._ids)
+        if text.startswith(told):
+            return text[len(told) :]
+        # Byte fallback makes U+FFFD of all bytes in a row once one is broken, of those that a piece has told too.
+        return self._decode(self._ids[self._told :])
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
+
+
 class TextStream:
     """Text of one answer: `push` each token, `finish` once. What they return, joined, is the answer's text.
 
@@ -32,34 +62,26 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = DecodeStream(skip_special_tokens=True)
-        self._ids: list[int] = []
-        self._decoded = self._pending = ""
+        self._decoder = PieceDecoder(tokenizer, skip_special_tokens=True)
+        self._decoded = 0
+        self._pending = ""
         self._stops = [stop for stop in stop_strings if stop]
         self.stopped = False
 
     @property
     def decoded(self) -> int:
         """Characters that the tokens have made so far, those included that are held back."""
-        return len(self._decoded)
+        return self._decoded
 
     def push(self, id: int) -> str:
-        if self.stopped:
-            return ""
-        self._ids.append(id)
-        return self._release(self._decoder.step(self._tokenizer, id) or "", held_back=True)
+        return "" if self.stopped else self._release(self._decoder.step(id), held_back=True)
 
     def finish(self) -> str:
-        """What was held back; bytes that never became a character come as U+FFFD, as `decode` gives them."""
-        if self.stopped:
-            return ""
-        whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        rest = whole[len(self._decoded) :] if whole.startswith(self._decoded) else ""
-        return self._release(rest, held_back=False)
+        """What was held back; bytes that never became a character come as U+FFFD."""
+        return "" if self.stopped else self._release(self._decoder.rest(), held_back=False)
 
     def _release(self, text: str, *, held_back: bool) -> str:
-        self._decoded += text
+        self._decoded += len(text)
         self._pending += text
         found = [at for stop in self._stops if (at := self._pending.find(stop)) >= 0]
         if found:

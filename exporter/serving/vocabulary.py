@@ -5,7 +5,8 @@ import re
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+
+from exporter.runtime.text import PieceDecoder
 
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -44,10 +45,10 @@ class Vocabulary:
 
     def offsets(self, ids: Sequence[int]) -> list[int]:
         """For each token of a whole text, how many characters stand in front of it."""
-        decoder, found, length = DecodeStream(skip_special_tokens=False), [], 0
+        decoder, found, length = PieceDecoder(self.tokenizer, skip_special_tokens=False), [], 0
         for token in ids:
             found.append(length)
-            length += len(decoder.step(self.tokenizer, token) or "")
+            length += len(decoder.step(token))
         return found
 
     def _bytes(self, id: int) -> bytes:

@@ -14,6 +14,7 @@ from exporter.runtime.generate import generate, prompt_ids
 from exporter.runtime.load import load
 from exporter.runtime.text import TextStream, load_tokenizer
 from tests.graph.conftest import save_byte_tokenizer, tiny_model
+from tests.pairs import HELLO, LOW, fallback_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,35 @@ def test_bytes_that_are_no_character_come_as_decode_gives_them(tokenizer: Tokeni
     stream = TextStream(tokenizer)
     pieces = [stream.push(token) for token in data]
     assert "".join(pieces) + stream.finish() == tokenizer.decode(data)
+
+
+@pytest.fixture(scope="module")
+def fallback() -> Tokenizer:
+    return fallback_tokenizer()
+
+
+def test_the_text_goes_on_after_a_cut_off_character(fallback: Tokenizer) -> None:
+    stream = TextStream(fallback)
+    pieces = [stream.push(token) for token in (HELLO, 0xE6, 0x97, 0xA5, 0xF0, 0x9F, HELLO, HELLO, 0xF0, 0x9F)]
+    assert pieces == ["Hello", "", "", "日", "", "", "\ufffd\ufffd Hello", " Hello", "", ""]
+    assert stream.finish() == "\ufffd\ufffd"
+
+
+@given(words=st.lists(st.sampled_from([HELLO, LOW]) | st.text(max_size=3) | st.binary(max_size=3), max_size=8))
+def test_bytes_beside_words_come_as_characters_and_as_replacements_where_they_are_none(
+    fallback: Tokenizer, words: list[int | str | bytes]
+) -> None:
+    ids: list[int] = []
+    for word in words:
+        ids += [word] if isinstance(word, int) else word.encode() if isinstance(word, str) else word
+    stream = TextStream(fallback)
+    pieces = [stream.push(token) for token in ids]
+    text, whole = "".join(pieces) + stream.finish(), fallback.decode(ids)
+    if "\ufffd" in whole:
+        assert text.count("Hello") >= ids.count(HELLO)
+        assert text.endswith("\ufffd") == whole.endswith("\ufffd")
+    else:
+        assert text == whole
 
 
 @given(text=st.text("abE#", max_size=20), stops=st.lists(st.text("abE#", min_size=1, max_size=4), max_size=3))

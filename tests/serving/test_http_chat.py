@@ -15,6 +15,7 @@ from exporter.runtime.load import load
 from exporter.runtime.runner import Runner
 from exporter.runtime.text import load_tokenizer
 from exporter.serving.vocabulary import Vocabulary
+from tests.pairs import HELLO, LOW, fallback_tokenizer
 from tests.serving.running import Running
 
 QUESTION = [{"role": "user", "content": "Name three colours."}]
@@ -150,6 +151,11 @@ def test_a_texts_tokens_have_the_texts_bytes(demo: Path, text: str) -> None:
     offsets = vocabulary.offsets(ids)
     assert offsets == sorted(offsets)
     assert all(offset <= len(text) for offset in offsets)
+
+
+def test_a_prompt_of_broken_bytes_has_its_places_too() -> None:
+    vocabulary = Vocabulary(fallback_tokenizer())
+    assert vocabulary.offsets([HELLO, 0xE6, 0x97, 0xA5, 0xF0, HELLO, LOW]) == [0, 5, 5, 5, 6, 6, 13]
 
 
 _vocabularies: dict[Path, Vocabulary] = {}

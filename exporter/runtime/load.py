@@ -1,6 +1,6 @@
 """From a directory to a Runner: the right bundle, unchanged since its export, and room for it."""
 
-from collections.abc import Iterator
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from exporter.graph.bundle import GRAPHS, Bundle, bundle_weights, bundles_in
 from exporter.graph.decoder import decoder_weights
 from exporter.graph.genai_config import stop_tokens
 from exporter.graph.graph_check import load_graph, require_our_operators
-from exporter.manifest import file_is_unchanged
+from exporter.manifest import MANIFEST, file_is_unchanged
 from exporter.runtime.copying_runner import CopyingRunner, require_known_interface
 from exporter.runtime.memory import free_memory, needed_memory
 from exporter.runtime.runner import Runner
@@ -85,19 +85,21 @@ def _sizes(bundle: Bundle, config: dict[str, Any]) -> tuple[int, int]:
 def choose_bundle(directory: Path, target: str | None, provider: str | None) -> Bundle:
     """The one bundle asked for, or of several in subdirectories the best that fits into memory."""
     found = bundles_in(directory)
-    beneath = [] if found else list(_bundles_beneath(directory))
+    needed, refused = ({}, []) if found else _usable_beneath(directory)
     targets = [target] if target else [provider] if provider else ["cuda", "cpu"] if cuda_is_usable() else ["cpu"]
-    fitting = [one for one in found or beneath if one.target in targets]
+    graphs = found or list(needed)
+    fitting = sorted((one for one in graphs if one.target in targets), key=_preference)
     if not fitting:
-        other = " for " + " or ".join(sorted({one.target for one in found or beneath})) if found or beneath else ""
+        if refused:
+            raise refused[0]
+        other = " for " + " or ".join(sorted({one.target for one in graphs})) if graphs else ""
         raise InputRefused(
             f"{directory} holds {'graphs' + other if other else 'no exported graph'}",
             expected=f"a graph for {' or '.join(targets)}",
             todo=f"run: exporter export {directory} --target {targets[-1]}",
         )
-    fitting.sort(key=_preference)
     if not found:
-        fitting = [one for one in fitting if needed_memory(one) <= free_memory(provider or one.target)] or fitting[-1:]
+        fitting = [one for one in fitting if needed[one] <= free_memory(provider or one.target)] or fitting[-1:]
     return fitting[0]
 
 
@@ -105,11 +107,18 @@ def _preference(bundle: Bundle) -> tuple[bool, int]:
     return bundle.target != "cuda", BEST.index(bundle.precision) if bundle.precision in BEST else len(BEST)
 
 
-def _bundles_beneath(directory: Path) -> Iterator[Bundle]:
-    if directory.is_dir():
-        for child in sorted(directory.iterdir()):
-            if child.is_dir() and not child.name.startswith("."):
-                yield from bundles_in(child)
+def _usable_beneath(directory: Path) -> tuple[dict[Bundle, int], list[InputRefused]]:
+    """The bundles in subdirectories, with the memory that each needs, and why others cannot be used."""
+    needed: dict[Bundle, int] = {}
+    refused: list[InputRefused] = []
+    for child in sorted(directory.iterdir()) if directory.is_dir() else []:
+        if child.name.startswith(".") or not os.access(child / MANIFEST, os.F_OK):
+            continue
+        try:
+            needed |= {one: needed_memory(one) for one in bundles_in(child)}
+        except InputRefused as error:
+            refused.append(error)
+    return needed, refused
 
 
 def require_memory(bundle: Bundle, provider: str) -> None:
@@ -117,8 +126,8 @@ def require_memory(bundle: Bundle, provider: str) -> None:
     needed, free = needed_memory(bundle), free_memory(provider)
     if needed <= free:
         return
-    others = [one for one in _bundles_beneath(bundle.directory.parent) if one.target == bundle.target]
-    smaller = [one for one in sorted(others, key=_preference) if needed_memory(one) <= free]
+    beside, _ = _usable_beneath(bundle.directory.parent)
+    smaller = sorted((one for one in beside if one.target == bundle.target and beside[one] <= free), key=_preference)
     remedy = f"use {smaller[0].directory}, which fits" if smaller else "free memory, or export --precision int8 or int4"
     raise EnvironmentLacking(
         f"{bundle.graph} needs about {human_bytes(needed)} of memory on {provider}, and {human_bytes(free)} are free",

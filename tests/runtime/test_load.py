@@ -57,6 +57,25 @@ def test_too_little_memory_is_said_before_opening_and_names_a_bundle_that_fits(
         load(artifacts / "merged")
 
 
+def test_what_cannot_be_used_beside_a_bundle_is_passed_over(
+    artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret.json").write_text("{}")
+    for name in ("int4", "other"):
+        (artifacts / name).mkdir(exist_ok=True)
+        (artifacts / name / "linked.json").symlink_to(tmp_path / "secret.json")
+    fits = needed_memory(bundles_in(artifacts / "int8")[0])
+    assert load(artifacts).bundle.precision == "native"
+    monkeypatch.setattr("exporter.runtime.load.free_memory", lambda provider: fits)
+    with pytest.raises(EnvironmentLacking, match=r"use .*int8, which fits"):
+        load(artifacts / "merged")
+    (artifacts / "merged/model.safetensors").unlink()
+    assert load(artifacts).bundle.precision == "int8"
+    shutil.rmtree(artifacts / "int8")
+    with pytest.raises(InputRefused, match=r"linked\.json is a link"):
+        load(artifacts)
+
+
 @pytest.mark.parametrize("name", ["merged/model.safetensors", "int4/weights.safetensors", "int4/model.onnx"])
 def test_a_changed_file_is_refused(artifacts: Path, name: str) -> None:
     path = artifacts / name

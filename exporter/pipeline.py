@@ -24,13 +24,7 @@ from exporter.manifest import (
 )
 from exporter.progress import SILENT, Progress
 from exporter.sources.unchanged import Stamp, require_unchanged, watch_all
-from exporter.spec import (
-    AdapterSpec,
-    BaseSpec,
-    OutputSpec,
-    Spec,
-    read_spec,
-)
+from exporter.spec import Spec, read_spec, spec_of
 
 if TYPE_CHECKING:
     from exporter.sources.hub import Source
@@ -111,10 +105,12 @@ def _as_spec(
     if base is None or adapter is None or out is None:
         raise UsageError("no spec", expected="a SPEC.toml, or --base, --adapter and --out")
     adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter)
-    return Spec(
-        base=BaseSpec(source=str(base)),
-        adapter=tuple(AdapterSpec(source=str(one)) for one in adapters),
-        output=OutputSpec(dir=str(out)),
+    return spec_of(
+        {
+            "base": {"source": str(base)},
+            "adapter": [{"source": str(one)} for one in adapters],
+            "output": {"dir": str(out)},
+        }
     )
 
 
@@ -127,7 +123,7 @@ def given(
     template: str | None = None,
     level: str | None = None,
 ) -> Spec:
-    """The spec with what is given in place of what it says."""
+    """The spec with what is given in place of what it says. UsageError for a value that a spec cannot have."""
     tables: dict[str, dict[str, Any]] = {
         "output": {"dir": None if out is None else str(out)},
         "export": {"precisions": tuple(precision), "targets": tuple(target)},
@@ -137,7 +133,7 @@ def given(
     table = spec.model_dump()
     for name, values in tables.items():
         table[name] |= {key: value for key, value in values.items() if value}
-    return Spec.model_validate(table)
+    return spec_of(table)
 
 
 def _refuse_foreign_directory(directory: Path, force: bool) -> None:

@@ -1,12 +1,13 @@
 """A run as frozen types, read from TOML. An unknown key is an error."""
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from exporter.errors import InputRefused
+from exporter.errors import InputRefused, UsageError
 
 Precision = Literal["native", "fp32", "fp16", "int8", "int4"]
 Target = Literal["cpu", "cuda"]
@@ -107,6 +108,14 @@ class Spec(_Frozen):
         return value
 
 
+def spec_of(table: Mapping[str, Any]) -> Spec:
+    """A spec from what a function was given. Raises UsageError that names every wrong key."""
+    try:
+        return Spec.model_validate(table)
+    except ValidationError as error:
+        raise UsageError(_wrong_keys(error), expected="values as in a spec, see docs/run.md") from error
+
+
 def read_spec(path: Path) -> Spec:
     """Read a TOML spec. Raises InputRefused that names every wrong key."""
     if path.exists() and not path.is_file():
@@ -120,10 +129,13 @@ def read_spec(path: Path) -> Spec:
     try:
         return Spec.model_validate(table)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise InputRefused(
-            f"{path}: {wrong}",
+            f"{path}: {_wrong_keys(error)}",
             expected="[base] source, revision; [adapter] source, revision, weight; "
             "[merge] dtype, onto, shard_size, memory; [prompt] template; [export] precisions, targets, block_size; "
             "[verify] level, reference, prompts; [output] dir",
         ) from error
+
+
+def _wrong_keys(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())

@@ -103,6 +103,22 @@ def test_options_count_before_the_spec(tmp_path: Path) -> None:
     assert (other.base, other.adapter, other.merge) == (same.base, same.adapter, same.merge)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"level": "casual"}, "verify.level"),
+        ({"precision": ["int9"]}, "export.precisions"),
+        ({"target": ["tpu"]}, "export.targets"),
+        ({"adapter": []}, "adapter: .*at least one"),
+        ({"out": "a\0b"}, "output.dir"),
+    ],
+)
+def test_what_is_wrong_among_the_keywords_is_named(tmp_path: Path, wrong: dict[str, Any], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        run(**({"base": "b", "adapter": "a", "out": tmp_path / "out"} | wrong))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_is_no_place_for_a_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UsageError, match="a model's own directory"):

@@ -44,6 +44,7 @@ def load(
         require_provider(provider)
     chosen = bundle if isinstance(bundle, Bundle) else choose_bundle(Path(bundle), target, provider)
     provider = provider or chosen.target
+    require_provider(provider)
     require_memory(chosen, provider)
     check_unchanged(chosen)
     config = read_json(chosen.directory / "config.json")
@@ -99,6 +100,7 @@ def choose_bundle(directory: Path, target: str | None, provider: str | None) -> 
             todo=f"run: exporter export {directory} --target {targets[-1]}",
         )
     if not found:
+        require_provider(provider or targets[0])
         fitting = [one for one in fitting if needed[one] <= free_memory(provider or one.target)] or fitting[-1:]
     return fitting[0]
 

@@ -137,6 +137,10 @@ def test_a_provider_that_is_missing_is_named(artifacts: Path) -> None:
         pytest.skip("a CUDA device is here")
     with pytest.raises(EnvironmentLacking, match="CUDAExecutionProvider"):
         load(artifacts / "merged", provider="cuda")
+    export(artifacts / "merged", precision=["int8"], target=["cuda"])
+    for directory in (artifacts, artifacts / "int8-cuda"):
+        with pytest.raises(EnvironmentLacking, match="CUDAExecutionProvider"):
+            load(directory, target="cuda")
 
 
 def test_a_graph_from_a_hostile_manifest_is_not_opened(artifacts: Path) -> None:

@@ -18,6 +18,7 @@ from exporter.manifest import (
     describe_file,
     file_is_unchanged,
     read_manifest,
+    remove_stage,
     stamp,
     versions,
     write_stage,
@@ -187,6 +188,7 @@ class _Run:
         base, adapters = self._sources()
         self.watched = watch_all([base.directory, *(source.directory for source in adapters)])
         outcomes = [self._merge(base, adapters)]
+        self._drop_outdated()
         bundles = []
         for precision in self.spec.export.precisions:
             for target in sorted(self.spec.export.targets):  # cpu first: it decides on the files that both list
@@ -248,6 +250,22 @@ class _Run:
             return {f"merged/{name}": entry for name, entry in merged.section["files"].items()}
 
         return self._stage("merge", request, work)
+
+    def _drop_outdated(self) -> None:
+        """Take what earlier runs exported of other weights, and this one does not, out of the manifest."""
+        merged = _weights(self._digests("merge"))
+        for name, section in (read_manifest(self.directory) or {"stages": {}})["stages"].items():
+            if not name.startswith("export-") or name in self._stages_before_verify():
+                continue
+            request = section.get("request")
+            made_of = request.get("merged") if isinstance(request, dict) else None
+            if not isinstance(made_of, dict) or _weights(made_of) != merged:
+                remove_stage(self.directory, name)
+                precision, _, target = name.removeprefix("export-").rpartition("-")
+                self.progress.note(
+                    f"{bundle_directory(self.directory, precision, target)}: {name} of an earlier run is of other "
+                    f"weights, and left out; --precision {precision} --target {target} makes it again"
+                )
 
     def _export(self, precision: str, target: str) -> StageOutcome:
         block_size = self.spec.export.block_size
@@ -343,6 +361,10 @@ def bundle_directory(directory: Path, precision: str, target: str) -> Path:
     if precision == NATIVE:
         return directory / "merged"
     return directory / (precision if target == "cpu" else f"{precision}-{target}")
+
+
+def _weights(digests: Mapping[str, str]) -> dict[str, str]:
+    return {name: digest for name, digest in digests.items() if name.endswith(".safetensors")}
 
 
 def _stamps(directory: Path) -> dict[str, Any]:

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 
 import exporter
-from exporter.errors import UsageError
+from exporter.errors import EnvironmentLacking, InputRefused, UsageError
+from exporter.graph.bundle import bundles_in
 from exporter.manifest import read_manifest
 from exporter.pipeline import PARITY_FILES, RunResult
+from exporter.runtime.memory import needed_memory
 from tests.hub_server import Hub, hub  # noqa: F401 (a fixture)
-from tests.pairs import Pair
+from tests.notes import Notes
+from tests.pairs import Pair, rewrite
 
 
 @pytest.fixture
@@ -134,3 +137,25 @@ def test_a_hub_id_stays_at_the_commit_of_the_first_run(
 
 def contents(directory: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def test_a_bundle_of_an_earlier_adapter_does_not_pass_for_the_new_ones(
+    pair: Pair, tmp_path: Path, asked: list[list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, notes = tmp_path / "out", Notes()
+    run(pair, out, precision=("native", "int8"))
+    rewrite(pair.adapter / "adapter_model.safetensors", lambda tensors: {n: 2 * t for n, t in tensors.items()})
+    run(pair, out, progress=notes)
+    assert [note for note in notes.said if note.startswith(f"{out / 'int8'}: export-int8-cpu of an earlier run")]
+    assert "export-int8-cpu" not in (read_manifest(out) or {})["stages"]
+
+    assert exporter.load(out).bundle.precision == "native"
+    needed = needed_memory(bundles_in(out / "int8")[0])
+    monkeypatch.setattr("exporter.runtime.load.free_memory", lambda provider: needed)
+    with pytest.raises(InputRefused, match=r"int8 was made of other weights than .*merged"):
+        exporter.load(out)
+    with pytest.raises(EnvironmentLacking, match="to do: free memory"):
+        exporter.load(out / "merged")
+    assert exporter.load(out / "int8").bundle.precision == "int8"
+    run(pair, out, precision=("native", "int8"))
+    assert exporter.load(out).bundle.precision == "int8"

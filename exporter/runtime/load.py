@@ -11,7 +11,7 @@ from exporter.graph.bundle import GRAPHS, Bundle, bundle_weights, bundles_in
 from exporter.graph.decoder import decoder_weights
 from exporter.graph.genai_config import stop_tokens
 from exporter.graph.graph_check import load_graph, require_our_operators
-from exporter.manifest import MANIFEST, file_is_unchanged
+from exporter.manifest import MANIFEST, file_is_unchanged, read_manifest
 from exporter.runtime.copying_runner import CopyingRunner, require_known_interface
 from exporter.runtime.memory import free_memory, needed_memory
 from exporter.runtime.runner import Runner
@@ -19,6 +19,7 @@ from exporter.runtime.session import cuda_is_usable, open_session, provider_name
 from exporter.sources.checkpoint import read_json
 from exporter.sources.context import CONTEXT_KEYS, context_length
 
+MERGED = "merged"
 # Nearest to the merged checkpoint first.
 BEST = ("native", "fp32", "fp16", "int8", "int8-exact", "int4")
 
@@ -35,6 +36,7 @@ def load(
 
     `provider` (cpu, cuda, or onnxruntime's name of either) defaults to the target's own; without `target`, cuda where
     a device is usable. `adapter`: one that was exported with --adapters separate; none by default.
+    A bundle of other weights than `merged` beside it holds is opened only under its own directory's name.
     Raises UsageError, InputRefused (no bundle, files changed since the export), EnvironmentLacking (provider, memory).
     """
     if target is not None and target not in GRAPHS:
@@ -101,8 +103,32 @@ def choose_bundle(directory: Path, target: str | None, provider: str | None) -> 
         )
     if not found:
         require_provider(provider or targets[0])
-        fitting = [one for one in fitting if needed[one] <= free_memory(provider or one.target)] or fitting[-1:]
+        current = [one for one in fitting if not _is_outdated(one)]
+        enough = [one for one in fitting if needed[one] <= free_memory(provider or one.target)]
+        if enough and not any(one in current for one in enough):
+            raise InputRefused(
+                f"{enough[0].directory} was made of other weights than {directory / MERGED} holds",
+                expected="a bundle of those weights that fits into memory",
+                todo=f"export {directory / MERGED} again, or name {enough[0].directory} to open it as it is",
+            )
+        fitting = [one for one in current if one in enough] or (current or fitting)[-1:]
     return fitting[0]
+
+
+def _is_outdated(bundle: Bundle) -> bool:
+    """True for a bundle of a merge, if the merged checkpoint beside it has other weights by now."""
+    section = bundle.section
+    source = section.get("source")
+    if section.get("provenance") != "merge" or not isinstance(source, dict):
+        return False
+    try:
+        manifest = read_manifest(bundle.directory.parent / MERGED)
+    except InputRefused:
+        manifest = None
+    if manifest is None:
+        return False
+    merged = manifest["stages"].get("merge", {}).get("files", {})
+    return any(name not in merged or merged[name].get("sha256") not in (None, sha) for name, sha in source.items())
 
 
 def _preference(bundle: Bundle) -> tuple[bool, int]:
@@ -129,7 +155,8 @@ def require_memory(bundle: Bundle, provider: str) -> None:
     if needed <= free:
         return
     beside, _ = _usable_beneath(bundle.directory.parent)
-    smaller = sorted((one for one in beside if one.target == bundle.target and beside[one] <= free), key=_preference)
+    others = [one for one in beside if one.target == bundle.target and beside[one] <= free and not _is_outdated(one)]
+    smaller = sorted(others, key=_preference)
     remedy = f"use {smaller[0].directory}, which fits" if smaller else "free memory, or export --precision int8 or int4"
     raise EnvironmentLacking(
         f"{bundle.graph} needs about {human_bytes(needed)} of memory on {provider}, and {human_bytes(free)} are free",

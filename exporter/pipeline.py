@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporter.errors import UsageError
+from exporter.errors import InputRefused, UsageError
 from exporter.files import LOCK, lock_directory, removed_if_empty
 from exporter.manifest import (
     MANIFEST,
@@ -236,6 +236,7 @@ class _Run:
             from exporter.merging.merge import merge_sources
             from exporter.merging.request import MergeOptions
 
+            self._refuse_without_builder(base)
             options = MergeOptions(
                 weights=tuple(one.weight for one in self.spec.adapter),
                 dtype=spec.dtype,
@@ -250,6 +251,21 @@ class _Run:
             return {f"merged/{name}": entry for name, entry in merged.section["files"].items()}
 
         return self._stage("merge", request, work)
+
+    def _refuse_without_builder(self, base: "Source") -> None:
+        """InputRefused, before a merge that may take hours, for what the exports behind it would refuse."""
+        from exporter.graph.architectures import SUPPORTED, find_architecture, read_decoder
+        from exporter.sources.checkpoint import read_json
+
+        config = read_json(base.directory / "config.json")
+        if find_architecture(config) is None:
+            raise InputRefused(
+                f"no native builder for model_type {config.get('model_type')!r}, and run exports with no other",
+                expected=SUPPORTED,
+                todo=f"run three commands instead: exporter merge --out {self.merged}, exporter export "
+                f"{self.merged} --builder optimum, exporter verify --bundle {self.directory / 'optimum'}",
+            )
+        read_decoder(config)
 
     def _drop_outdated(self) -> None:
         """Take what earlier runs exported of other weights, and this one does not, out of the manifest."""

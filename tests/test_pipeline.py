@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 import exporter
 from exporter.errors import EnvironmentLacking, InputRefused, UsageError
@@ -15,7 +16,7 @@ from exporter.pipeline import PARITY_FILES, RunResult
 from exporter.runtime.memory import needed_memory
 from tests.hub_server import Hub, hub  # noqa: F401 (a fixture)
 from tests.notes import Notes
-from tests.pairs import Pair, rewrite
+from tests.pairs import Pair, edit_json, lora_config, make_pair, rewrite
 
 
 @pytest.fixture
@@ -159,3 +160,16 @@ def test_a_bundle_of_an_earlier_adapter_does_not_pass_for_the_new_ones(
     assert exporter.load(out / "int8").bundle.precision == "int8"
     run(pair, out, precision=("native", "int8"))
     assert exporter.load(out).bundle.precision == "int8"
+
+
+def test_what_no_export_would_take_is_refused_before_the_merge(pair: Pair, tmp_path: Path) -> None:
+    edit_json(pair.base / "config.json", activation_function="gelu_10")
+    with pytest.raises(InputRefused, match="gelu_10"):
+        run(pair, tmp_path / "out")
+    llama = LlamaConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    lora = lora_config(target_modules=["q_proj"], fan_in_fan_out=False)
+    with pytest.raises(InputRefused, match=r"'llama'[\s\S]*merge .*export .*--builder optimum.* verify"):
+        run(make_pair(tmp_path / "llama", llama, lora=lora), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

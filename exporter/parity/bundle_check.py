@@ -177,7 +177,7 @@ def _filled_context(run: Run, bundle: Bundle, gates: Sequence[Gate]) -> tuple[li
     if not judging or not _fills_context(run, length):
         return [], []
     filled = filled_context.filled_length(length, int(config["vocab_size"]))
-    said = f"positions from {filled} on, of {length}, were not compared with transformers: the logits do not fit"
+    said = f"positions from {filled} on, of {length}, were not compared with transformers: that many do not fit"
     carried = open_scorer(_carried(bundle), run.memory, run.progress)
     graph = _place(run, bundle).open(full_precision(bundle.model()))
     rows = [document.tokens for document in run.documents]

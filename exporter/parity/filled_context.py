@@ -15,12 +15,13 @@ from exporter.parity.scoring import Scorer
 
 NAME = "F-C"
 LOGITS = 1 << 30  # bytes of one model's
+TOKENS = 4096  # attention takes their square
 POSITIONS = 16
 
 
 def filled_length(context: int, vocab_size: int) -> int:
-    """Tokens of a context that are filled: all that it holds, as long as one model's logits fit."""
-    return min(context, LOGITS // (4 * vocab_size))
+    """Tokens of a context that are filled: all that it holds, within TOKENS and LOGITS."""
+    return min(context, TOKENS, LOGITS // (4 * vocab_size))
 
 
 def compare_filled(

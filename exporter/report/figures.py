@@ -14,6 +14,7 @@ NAMES = {
     "F": "bundle's weights, fp32",
     "O": "ONNX bundle",
     "O1": "ONNX, full-precision products",
+    "C": "ONNX, full-precision products, where the context is full",
     "D": "ONNX, cached decoding; between T and R: fp32 over what the base's 8-bit codes mean",
     "P": "ONNX, padded batch",
     "W": "bundle's weights",

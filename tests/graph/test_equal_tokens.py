@@ -92,7 +92,8 @@ def demo_case(precision: str, root: Path, merged: Path) -> Case:
     config = json.loads((merged / "config.json").read_text())
     if made := from_pair(precision, PAIR / "base", PAIR / "adapter", root / "out"):
         return Case(made[0], prompts, config["eos_token_id"], made[1])
-    bundle = export(merged, precision=[precision.split()[0]], out=root)[0]
+    out = None if precision.startswith("native") else root
+    bundle = export(merged, precision=[precision.split()[0]], out=out)[0]
     return Case(bundle, prompts, config["eos_token_id"])
 
 

@@ -42,7 +42,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (wide,) = export(merged.directory, precision=("fp32",), out=root / "wide")
     (exact,) = export(base=root / "base", adapter=root / "adapter", precision=("int8-exact",), out=root / "exact")
     shutil.copytree(native.directory, root / "cuda")
-    for name in ("model.onnx", "exporter.json"):
+    for name in ("model.onnx", "genai_config.json", "exporter.json"):
         (root / "cuda" / name).unlink()
     (cuda,) = export(root / "cuda", target=("cuda",))
     (int8_cuda,) = export(merged.directory, precision=("int8",), target=("cuda",))

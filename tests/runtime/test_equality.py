@@ -31,12 +31,6 @@ class Case:
     lengths: tuple[int, ...]  # of the rows of a batch, each with room for two more tokens
     pad: int
 
-    @property
-    def tolerance(self) -> float:
-        """Scores that are not scaled are sqrt(head size) times as large, and so are their rounding errors."""
-        scaled = self.options["scale_attn_weights"]
-        return TOLERANCE * (1 if scaled else (self.options["n_embd"] / self.options["n_head"]) ** 0.5)
-
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
@@ -82,21 +76,21 @@ def test_every_way_of_computing_equals_transformers(root: Path, case: Case) -> N
     event(f"logits up to {10 ** int(np.log10(np.abs(expected).max() + 1e-9))}")
     runner = load(bundle, threads=1)
     for chunk in (positions, case.chunk):
-        near(runner.logits(ids, chunk=chunk), expected, case.tolerance)
+        near(runner.logits(ids, chunk=chunk), expected)
     for past in {1, positions // 2, positions - 1}:
         cache = runner.new_cache(1, capacity=past)
-        near(runner.prefill(cache, 0, ids[:past], chunk=case.chunk), expected[past - 1], case.tolerance)
-        near(runner.decode(cache, [ids[past]])[0], expected[past], case.tolerance)
+        near(runner.prefill(cache, 0, ids[:past], chunk=case.chunk), expected[past - 1])
+        near(runner.decode(cache, [ids[past]])[0], expected[past])
     rows = [tokens(n, case.seed + i, vocabulary) for i, n in enumerate(case.lengths)]
     grown = [row + tokens(2, case.seed + 9, vocabulary) for row in rows]
     answers = [model.logits(row) for row in grown]
     cache = runner.new_cache(len(rows))
     for i, row in enumerate(rows):
-        near(runner.prefill(cache, i, row), answers[i][len(row) - 1], case.tolerance)
+        near(runner.prefill(cache, i, row), answers[i][len(row) - 1])
     for step in range(2):
         found = runner.decode(cache, [row[step - 2] for row in grown])
         for i, row in enumerate(rows):
-            near(found[i], answers[i][len(row) + step], case.tolerance)
+            near(found[i], answers[i][len(row) + step])
     graph = Graph(bundle.graph)
     for side in ("left", "right"):
         padded_batch_is_single_rows(graph, case, rows, grown, answers, side)
@@ -108,18 +102,18 @@ def padded_batch_is_single_rows(
     ids, mask, places = padded(rows, side, case.pad)
     logits, cache = graph(ids, mask, places)
     for i, row in enumerate(rows):
-        near(logits[i, mask[i] == 1], answers[i][: len(row)], case.tolerance)
+        near(logits[i, mask[i] == 1], answers[i][: len(row)])
     for step in range(2):
         mask = np.concatenate([mask, np.ones((len(rows), 1), np.int64)], axis=1)
         new = np.array([[row[step - 2]] for row in grown])
         logits, cache = graph(new, mask, mask.sum(1, keepdims=True) - 1, cache)
         for i, row in enumerate(rows):
-            near(logits[i, 0], answers[i][len(row) + step], case.tolerance)
+            near(logits[i, 0], answers[i][len(row) + step])
 
 
-def near(found: np.ndarray, expected: np.ndarray, tolerance: float = TOLERANCE) -> None:
+def near(found: np.ndarray, expected: np.ndarray) -> None:
     assert np.abs(expected).max() > 1e-2, "logits of nothing: no evidence"
-    np.testing.assert_allclose(found, expected, atol=tolerance, rtol=0)
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.fixture(scope="module")

@@ -74,6 +74,10 @@ def tiny_model(directory: Path, dtype: torch.dtype = torch.float32, seed: int = 
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
             parameter.copy_(1 + 0.1 * noise if "ln_" in name and name.endswith("weight") else 0.2 * noise)
+            if name.endswith("c_attn.weight") and not config.scale_attn_weights:
+                # A model without the scale has learned q of its size. Scores sqrt(head size) as large would measure
+                # the softmax's condition: float32 itself, transformers' too, is then 1e-4 from float64.
+                parameter[:, : config.n_embd] *= (config.n_embd // config.n_head) ** -0.5
     torch.nn.Module.to(model, dtype)
     model.save_pretrained(directory)
     return TinyModel(directory, model.float())

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from exporter.errors import InputRefused
 from exporter.parity.bases import BaseOptions, meta_model, quiet
+from exporter.parity.forward import forward
 from exporter.parity.int8_base import int8_modules, int8_values
 
 Float32 = NDArray[np.float32]
@@ -118,7 +119,7 @@ class BlockModel:
         self._know_blocks()
         self._drop()
         model = self._let_pass({self.depth - 1: lambda *_: self._like_a_block(_copied(hidden[None]))})
-        return model(input_ids=_ids(tokens), use_cache=False).logits[0].float().numpy()
+        return forward(model, _ids(tokens)).logits[0].float().numpy()
 
     def _reach(self, block: int, ids: torch.Tensor, act: Callable[..., torch.Tensor]) -> Float32:
         """The model's forward of `ids` (B, T) up to `block`; what `act` makes of what comes there: (B, T, E)."""
@@ -128,7 +129,7 @@ class BlockModel:
 
         model = self._let_pass({block: stop})
         try:
-            model(input_ids=ids, use_cache=False)
+            forward(model, ids)
         except _Reached as reached:
             return reached.hidden.float().numpy()
         raise Unsupported(f"the forward of {type(self._skeleton).__name__} does not come to block {block}")

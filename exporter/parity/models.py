@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from exporter.errors import EnvironmentLacking, InputRefused, lacking
 from exporter.parity.bases import BaseOptions, load_base, quiet, resize
 from exporter.parity.blocks import Unsupported
+from exporter.parity.forward import forward
 from exporter.parity.int8_model import load_int8
 from exporter.parity.memory import OVERHEAD, require_memory
 from exporter.sources.checkpoint import Checkpoint
@@ -33,7 +34,7 @@ class TorchScorer:
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int], /) -> NDArray[np.float32]:
         ids = torch.tensor([list(token_ids)], device=self.model.device)
-        return self.model(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy()
+        return forward(self.model, ids).logits[0].float().cpu().numpy()
 
 
 class TruthModels:
@@ -231,12 +232,14 @@ def load_weights(directory: Path, values: Mapping[str, torch.Tensor]) -> TorchSc
 @contextmanager
 def older_objects_set_aside() -> Iterator[None]:
     """`release` looks only at what came after this: over all that torch and transformers hold it takes 0.3 s."""
+    ours = gc.get_freeze_count() == 0  # a caller's own stay aside
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if ours:
+            gc.unfreeze()
 
 
 def release() -> None:

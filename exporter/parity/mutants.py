@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from exporter.graph.weights import Quantized, Weight
 from exporter.merging.threads import thread_pool
 from exporter.parity.bundles import Bundle, quantization_steps
-from exporter.parity.feeding import comparison, decode_calls, padded_call, pair, real_positions
+from exporter.parity.feeding import DECODED, comparison, decode_calls, padded_call, pair, real_positions
 from exporter.parity.gates import Gate, ProjectionLimits, finiteness, judge
 from exporter.parity.graphs import (
     Call,
@@ -359,7 +359,9 @@ def graph_mutants(subject: GraphSubject, gates: Sequence[Gate]) -> list[Mutant]:
     has_positions = any(value.name == "position_ids" for value in model.graph.input)
     reason = "the graph takes no position_ids: it finds the positions itself"
     unmoved = Mutant("positions + 1", "graph", "not applicable", tuple(gate.id for gate in judged), (), reason)
-    stale = decode_calls(row, half, 2, is_stale=True)
+    # A few steps show it, and at full precision each costs as much as a whole document.
+    stop = min(len(row), half + DECODED)
+    stale = decode_calls(row[:stop], half, 2, is_stale=True)
     batch = sorted(subject.rows, key=len)
     alone = [Call(np.array([one])) for one in batch]
     blind = padded_call(batch, "left", 0, honest_mask=False)
@@ -368,7 +370,10 @@ def graph_mutants(subject: GraphSubject, gates: Sequence[Gate]) -> list[Mutant]:
     mutants = [
         _meet("positions + 1", judged, "F-O1", pair(subject.carried, moved[0])) if has_positions else unmoved,
         _meet(
-            "stale cache slot", cache, "O-D", pair(straight[0][half:], np.concatenate([one[0] for one in stale_logits]))
+            "stale cache slot",
+            cache,
+            "O-D",
+            pair(straight[0][half:stop], np.concatenate([one[0] for one in stale_logits])),
         ),
     ]
     if bundle.target == "cpu":

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from exporter.parity.forward import forward
+
 OUTLIERS = "outliers in the first document"  # in a reference's environment
 
 
@@ -26,7 +28,7 @@ def count_outlier_columns(model: Any, token_ids: Sequence[int]) -> str:
     layers = [module for module in model.modules() if isinstance(module, Linear8bitLt)]
     hooks = [layer.register_forward_pre_hook(count) for layer in layers]
     try:
-        model(input_ids=torch.tensor([list(token_ids)], device=model.device), use_cache=False)
+        forward(model, torch.tensor([list(token_ids)], device=model.device))
     finally:
         for hook in hooks:
             hook.remove()

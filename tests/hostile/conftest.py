@@ -1,5 +1,6 @@
 """A copy of the good material for every case, a directory that nobody may touch, and the command line in-process."""
 
+import functools
 import logging
 import os
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import matplotlib.font_manager  # noqa: F401 (it writes a cache of the machine's fonts when it is first imported)
 import pytest
+import typer
 
 from exporter import cli
 from tests.hostile.guard import Outside, guarded
@@ -34,6 +36,14 @@ def tree(material: Path, outside: Outside, tmp_path: Path, monkeypatch: pytest.M
     made = copy_material(material, root, outside.directory)
     monkeypatch.chdir(root)
     return made
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_parser() -> Iterator[None]:
+    """typer makes its parser anew in each call: a third of what a refused call takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+        yield
 
 
 @pytest.fixture(autouse=True)

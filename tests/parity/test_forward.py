@@ -9,7 +9,7 @@ from transformers import masking_utils
 
 from exporter.parity.forward import forward
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 CONFIGS: dict[str, Any] = {
     "gpt2": transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32),
     "llama": transformers.LlamaConfig(**SIZES, intermediate_size=64),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from exporter.merging.modules import BUILD_ERRORS, cannot_build
+from exporter.parity.attention import attention_of
 from exporter.parity.int8_base import Onto, int8_modules, put_int8_values
 from exporter.sources.adapter import Adapter
 from exporter.sources.checkpoint import Checkpoint
@@ -45,7 +46,11 @@ def load_base(directory: Path, options: BaseOptions = BaseOptions()) -> Any:
 
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+            directory,
+            dtype=torch.float32,
+            attn_implementation=attention_of(directory),
+            trust_remote_code=False,
+            local_files_only=True,
         ).eval()
         if options.onto == "int8":
             put_int8_values(model, int8_modules(meta_model(directory)))

@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from exporter.errors import InputRefused
+from exporter.parity.attention import attention_of
 from exporter.parity.bases import BaseOptions, meta_model, quiet
 from exporter.parity.forward import forward
 from exporter.parity.int8_base import int8_modules, int8_values
@@ -269,7 +270,9 @@ def without_weights(directory: Path, dtype: torch.dtype, rows: int | None = None
     if rows is not None:
         config.get_text_config().vocab_size = rows
     with quiet(), init_empty_weights(include_buffers=False):
-        model = cast(Any, AutoModelForCausalLM).from_config(config, dtype=dtype, trust_remote_code=False)
+        model = cast(Any, AutoModelForCausalLM).from_config(
+            config, dtype=dtype, attn_implementation=attention_of(directory), trust_remote_code=False
+        )
     model.tie_weights()
     return model.eval()
 

@@ -80,9 +80,11 @@ class GraphSession:
         return self._fed(Call(ids, mask, positions, cache[0].shape[2] if cache else 0), cache or [])
 
     def values(self, names: Sequence[str], token_ids: Sequence[int]) -> dict[str, NDArray]:
-        """The named outputs for one unpadded row."""
-        found = self._session.run(list(names), self._feeds(Call(np.array([list(token_ids)])), []))
-        return {name: np.asarray(value) for name, value in zip(names, found, strict=True)}
+        """The named outputs for one unpadded row, of those that are floats numpy has a type for: not bfloat16."""
+        types = {output.name: output.type for output in self._session.get_outputs()}
+        floats = [name for name in names if types[name] in ("tensor(float)", "tensor(float16)")]
+        found = self._session.run(floats, self._feeds(Call(np.array([list(token_ids)])), []))
+        return {name: np.asarray(value) for name, value in zip(floats, found, strict=True)}
 
     def _fed(self, call: Call, cache: Cache) -> Fed:
         outputs = ["logits", *(present_name(value.name) for value in self._past)]

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from exporter.errors import EnvironmentLacking, InputRefused, lacking
+from exporter.parity.attention import attention_of
 from exporter.parity.bases import BaseOptions, load_base, quiet, resize
 from exporter.parity.blocks import Unsupported
 from exporter.parity.forward import forward
@@ -157,6 +158,7 @@ def _load_8_bit(base: Checkpoint) -> Any:
             quantization_config=quantization,
             dtype=torch.float16,
             device_map={"": device},
+            attn_implementation=attention_of(base.directory),
             trust_remote_code=False,
             local_files_only=True,
         )
@@ -219,7 +221,12 @@ def load_weights(directory: Path, values: Mapping[str, torch.Tensor]) -> TorchSc
     with quiet():
         architecture = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
         model, info = architecture.from_pretrained(
-            None, config=config, state_dict=dict(values), dtype=torch.float32, output_loading_info=True
+            None,
+            config=config,
+            state_dict=dict(values),
+            dtype=torch.float32,
+            attn_implementation=attention_of(directory),
+            output_loading_info=True,
         )
     if info["missing_keys"]:
         raise InputRefused(

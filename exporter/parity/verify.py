@@ -10,6 +10,7 @@ import numpy as np
 from exporter.errors import InputRefused, UsageError
 from exporter.files import human_bytes, require_free_space, sha256_file, write_atomically
 from exporter.manifest import versions
+from exporter.parity.attention import attention_notes
 from exporter.parity.bases import BaseOptions
 from exporter.parity.blocks_choice import Fp32Model, Memory, score_fp32
 from exporter.parity.blocks_specs import base_blocks, merged_blocks, truth_blocks
@@ -83,7 +84,7 @@ def verify(
     onto = _one_onto(opened)
     template, notes = find_template(opened, adapters, pair)
     documents, made = make_documents(pair, Path(prompts) if prompts else None, level, template)
-    notes += made
+    notes += made + attention_notes(pair.base.config)
     for one in opened:
         check_bundle_inputs(one, pair, documents)
         notes += check_companions(one, pair)

@@ -12,23 +12,31 @@ from exporter.graph.decoder import Decoder
 from exporter.merging.changes import LowRank
 from exporter.merging.delta import read_factors
 from exporter.merging.lora import lora_changes
-from exporter.merging.modules import ModelLayout
+from exporter.merging.modules import ModelLayout, find_name
+from exporter.merging.saved import INSERTED
 from exporter.prompts import chat_template
 from exporter.sources.adapter import CONFIG, LORA, open_adapter
+from exporter.sources.checkpoint import Checkpoint
 from exporter.sources.hub import Source
+from exporter.sources.tensors import TensorInfo, equal_bytes
+from exporter.sources.values import read_tensor
 
 
-def read_runtime_adapter(name: str, source: Source, layout: ModelLayout, decoder: Decoder) -> RuntimeAdapter:
+def read_runtime_adapter(
+    name: str, source: Source, base: Checkpoint, layout: ModelLayout, decoder: Decoder
+) -> RuntimeAdapter:
     """An adapter whose whole effect is low-rank sums in the decoder's matrices or in the head; else InputRefused.
 
-    Every tensor of its file is consumed or refused by name, and so are values that are not finite or do nothing.
+    base: what the adapter was trained on; its embeddings may stand in the adapter's file, as PEFT saves them. Every
+    tensor of the file is consumed or refused by name, and so are values that are not finite or do nothing.
     """
     adapter = open_adapter(source.directory)
     if adapter.method != LORA or adapter.config.get("target_parameters"):
         what = "target_parameters" if adapter.method == LORA else f"a {adapter.method} method"
         raise _not_separable(name, what, decoder)
     changes, consumed = lora_changes(adapter, 1.0, layout, {})
-    if rest := sorted(set(adapter.tensors) - consumed):
+    rest = sorted(set(adapter.tensors) - consumed)
+    if rest := [one for one in rest if not _is_the_bases_embedding(one, adapter.tensors[one], base, layout)]:
         raise _not_separable(name, f"the tensor {rest[0]!r}", decoder)
     adaptable = decoder.adaptable
     low_rank: dict[str, LowRank] = {}
@@ -58,6 +66,18 @@ def read_runtime_adapter(name: str, source: Source, layout: ModelLayout, decoder
         "rank_and_scale": {module: [change.rank, change.scale] for module, change in low_rank.items()},
     }
     return RuntimeAdapter(name, factors, facts, chat_template(source.directory))
+
+
+def _is_the_bases_embedding(name: str, info: TensorInfo, base: Checkpoint, layout: ModelLayout) -> bool:
+    """PEFT saves embedding and head beside the factors if either is adapted, as they were (`save_embedding_layers`)."""
+    known = {f"{module}.weight": () for module in (layout.input_embedding, layout.output_embedding) if module}
+    target = find_name(INSERTED.sub("", name), known, layout.prefix)
+    stored = target and find_name(layout.tied.get(target, target), base.tensors, layout.prefix)
+    if not stored or info.shape != base.tensors[stored].shape:
+        return False
+    return equal_bytes(info, base.tensors[stored]) or torch.equal(
+        read_tensor(info).float(), read_tensor(base.tensors[stored]).float()
+    )
 
 
 def _folded(change: LowRank) -> tuple[np.ndarray, np.ndarray]:

@@ -45,7 +45,7 @@ def export_int8_exact(parts: Parts, target: str, progress: Progress) -> Bundle:
     checkpoint = open_checkpoint(source.directory)
     decoder = read_decoder(checkpoint.config)
     layout = model_layout(checkpoint.directory, checkpoint.config)
-    opened = [read_runtime_adapter(one.id or one.directory.name, one, layout, decoder) for one in sources]
+    opened = [read_runtime_adapter(one.id or one.directory.name, one, checkpoint, layout, decoder) for one in sources]
     stored = _storage(decoder, checkpoint, layout)
     factors = _factors(opened, stored, decoder)
     bundle = Bundle(parts.out, INT8_EXACT, target, parts.out / GRAPHS[target])

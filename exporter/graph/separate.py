@@ -33,7 +33,7 @@ def export_separate(parts: Parts, target: str, progress: Progress) -> Bundle:
     decoder = read_decoder(checkpoint.config)
     named = _named([split_name(one) for one in parts.adapters], progress)
     layout = model_layout(checkpoint.directory, checkpoint.config)
-    opened = [read_runtime_adapter(name, one, layout, decoder) for name, one in named.items()]
+    opened = [read_runtime_adapter(name, one, checkpoint, layout, decoder) for name, one in named.items()]
     in_place = os.path.realpath(parts.out) == os.path.realpath(checkpoint.directory)
     if parts.precision == "native" and in_place and can_be_pointed_into(checkpoint):
         return export_native(checkpoint.directory, target, adapters=opened, force=parts.force, progress=progress)

@@ -58,7 +58,8 @@ class PieceDecoder:
 class TextStream:
     """Text of one answer: `push` each token, `finish` once. What they return, joined, is the answer's text.
 
-    `stopped` becomes true when a stop string came; neither it nor anything behind it is returned.
+    `stopped` becomes true when a stop string came; neither it nor anything behind it is returned. A special token,
+    which the text leaves out, is a stop string where it is named as one, such as "<|im_end|>".
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
@@ -66,6 +67,8 @@ class TextStream:
         self._decoded = 0
         self._pending = ""
         self._stops = [stop for stop in stop_strings if stop]
+        added = tokenizer.get_added_tokens_decoder() if self._stops else {}
+        self._ends = {number for number, token in added.items() if token.special and token.content in self._stops}
         self.stopped = False
 
     @property
@@ -74,6 +77,9 @@ class TextStream:
         return self._decoded
 
     def push(self, id: int) -> str:
+        if id in self._ends and not self.stopped:
+            text, self.stopped = self.finish(), True
+            return text
         return "" if self.stopped else self._release(self._decoder.step(id), held_back=True)
 
     def finish(self) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 import exporter
@@ -35,6 +37,7 @@ from tests.pairs import as_bin, edit_json
 
 TOLERANCE = 1e-4
 POSITIONS = 48
+IDS = tokens(20, 3)
 # Ranks, targets, scalings and patterns that a graph with one fixed shape could not serve.
 ADAPTERS: dict[str, dict[str, Any]] = {
     "attention": {"r": 4, "lora_alpha": 16, "target_modules": ["c_attn"]},
@@ -71,14 +74,16 @@ def oracle(base: Path, adapter: Path | None, ids: list[int]) -> np.ndarray:
         return model.eval()(torch.tensor([ids])).logits[0].numpy()
 
 
-def make_adapter(base: Path, directory: Path, options: dict[str, Any], seed: int) -> Path:
+def make_adapter(
+    base: Path, directory: Path, options: dict[str, Any], seed: int, *, with_embeddings: bool = False
+) -> Path:
     """Saved by PEFT, with random factors in place of the zeros that it starts from."""
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**options, task_type="CAUSAL_LM"))
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn_like(parameter) * 0.1
-    model.save_pretrained(str(directory), save_embedding_layers=False)
+    model.save_pretrained(str(directory), save_embedding_layers=with_embeddings)
     return directory
 
 
@@ -381,6 +386,23 @@ def greedy(base: Path, adapter: Path | None, ids: list[int], count: int) -> str:
         model = PeftModel.from_pretrained(model, str(adapter))
     made = model.eval().generate(input_ids=torch.tensor([ids]), max_new_tokens=count, do_sample=False)
     return load_tokenizer(base).decode(made[0, len(ids) :].tolist(), skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_that_peft_saved_beside_the_factors_are_the_bases_or_refused(tmp_path: Path, tied: bool) -> None:
+    """An adapter of the head is saved with embedding and head, as they were: PEFT's default."""
+    base = tiny_model(tmp_path / "base", torch.float16, n_positions=POSITIONS, tie_word_embeddings=tied).directory
+    adapter = make_adapter(base, tmp_path / "head", ADAPTERS["head"], 0, with_embeddings=True)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    beside = [name for name in saved if "lora_" not in name]
+    assert beside
+    (bundle,) = export(base=base, adapter=adapter, adapters="separate", out=tmp_path / "bundle")
+    found = load(bundle, threads=1, adapter="head").logits(IDS)
+    np.testing.assert_allclose(found, oracle(base, adapter, IDS), atol=TOLERANCE, rtol=0)
+    saved[beside[0]][5] += 1
+    save_file(saved, adapter / "adapter_model.safetensors")
+    with pytest.raises(InputRefused, match=f"it holds the tensor '.*{re.escape(beside[0][-20:])}'"):
+        export(base=base, adapter=adapter, adapters="separate", out=tmp_path / "other")
 
 
 def test_names_are_unique_and_can_be_given(family: Family, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """`verify` on GPT-2s whose scores transformers' default attention computes otherwise, and on one stored in bfloat16."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def write_pair(root: Path, dtype: torch.dtype, **options: Any) -> None:
     model = torch.nn.Module.to(GPT2LMHeadModel(config), dtype)
     model.save_pretrained(root / "base")
     write_tokenizer(root / "base")
-    write_adapter(root / "adapter", model)
+    write_adapter(root / "adapter", cast(GPT2LMHeadModel, model))
 
 
 def verify_pair(root: Path, prompts: Path) -> Verification:

@@ -91,6 +91,15 @@ def test_nothing_from_the_first_stop_string_on_gets_out(tokenizer: Tokenizer, te
     assert stream.stopped == any(stop in text for stop in stops)
 
 
+def test_a_special_token_that_is_named_ends_the_text(tokenizer: Tokenizer) -> None:
+    (end,) = tokenizer.encode("<|endoftext|>", add_special_tokens=False).ids
+    ids = [*tokenizer.encode("abE", add_special_tokens=False).ids, end, *tokenizer.encode("more").ids]
+    for stops, expected in ((["<|endoftext|>", "Ex"], "abE"), (["Ex"], "abEmore")):
+        stream = TextStream(tokenizer, stops)
+        assert "".join([*map(stream.push, ids), stream.finish()]) == expected
+        assert stream.stopped == (expected == "abE")
+
+
 def test_generate_equals_the_decoded_tokens(directory: Path, tokenizer: Tokenizer) -> None:
     runner = load(directory, threads=1)
     ids = runner.generate([tokenizer.encode("Hi!").ids], 12)[0]

@@ -1,7 +1,7 @@
 """`verify` on GPT-2s whose scores transformers' default attention computes otherwise, and on one stored in bfloat16."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -24,10 +24,11 @@ def write_pair(root: Path, dtype: torch.dtype, **options: Any) -> None:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 256, "vocab_size": VOCABULARY}
     config = GPT2Config(**sizes, **options, bos_token_id=0, eos_token_id=0, initializer_range=0.12)
-    model = torch.nn.Module.to(GPT2LMHeadModel(config), dtype)
+    model: Any = GPT2LMHeadModel(config)
+    model.to(dtype)
     model.save_pretrained(root / "base")
     write_tokenizer(root / "base")
-    write_adapter(root / "adapter", cast(GPT2LMHeadModel, model))
+    write_adapter(root / "adapter", model)
 
 
 def verify_pair(root: Path, prompts: Path) -> Verification:

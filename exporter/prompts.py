@@ -51,6 +51,10 @@ ALPACA = r"""
 TEMPLATES: Mapping[str, str] = {"alpaca": ALPACA}
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Tokenizers whose class has tokens of its own for files that name none, such as openai-community/gpt2 on the hub.
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_TOKENIZERS = ("GPT2Tokenizer", "GPT2TokenizerFast", "GPTNeoXTokenizer", "GPTNeoXTokenizerFast")
+END_OF_TEXT_MODELS = ("gpt2", "gpt_neox")  # their AutoTokenizer, where tokenizer_config.json names no class
 
 
 def render_chat(
@@ -134,13 +138,20 @@ def chat_template(directory: Path) -> str | None:
     return value
 
 
-def special_tokens(directory: Path) -> dict[str, str]:
-    """The special tokens of a model directory by name, as transformers hands them to a template."""
-    found: dict[str, str] = {}
+def special_tokens(directory: Path, model_type: str | None = None) -> dict[str, str]:
+    """The special tokens of a model directory by name, as transformers hands them to a template.
+
+    model_type: of the model where `directory` has no config.json, as an adapter's has not.
+    """
+    kind = model_type or _read_json(directory / "config.json").get("model_type")
+    named = _read_json(directory / "tokenizer_config.json").get("tokenizer_class")
+    is_gpt2s = named in END_OF_TEXT_TOKENIZERS or (named is None and kind in END_OF_TEXT_MODELS)
+    found: dict[str, str] = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT) if is_gpt2s else {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         content = _read_json(directory / name)
-        for key in SPECIAL_TOKENS:
-            value = content.get(key)
+        for key in [one for one in SPECIAL_TOKENS if one in content]:
+            found.pop(key, None)  # null: the class's own does not count either
+            value = content[key]
             text = value.get("content") if isinstance(value, dict) else value
             if isinstance(text, str):
                 found[key] = text

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from exporter.errors import InputRefused
 from exporter.prompts import ALPACA, TEMPLATES, chat_template, render_chat, render_instruction, special_tokens
@@ -201,6 +202,28 @@ def test_a_malformed_tokenizer_config_is_refused(tmp_path: Path, content: bytes)
     (tmp_path / "tokenizer_config.json").write_bytes(content)
     with pytest.raises(InputRefused, match="tokenizer_config"):
         chat_template(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "llama"])
+@pytest.mark.parametrize(
+    "config", [{"model_max_length": 1024}, {"eos_token": "a"}, {"tokenizer_class": "PreTrainedTokenizerFast"}]
+)
+def test_special_tokens_that_no_file_names_are_those_of_the_class(
+    byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, model_type: str, config: dict[str, Any]
+) -> None:
+    """openai-community/gpt2 names none."""
+    byte_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "special_tokens_map.json").unlink(missing_ok=True)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    expected = {
+        key: str(value)
+        for key, value in AutoTokenizer.from_pretrained(tmp_path).special_tokens_map.items()
+        if model_type != "llama" or key in config  # a Llama's own are <s> and </s>: not known here
+    }
+    assert special_tokens(tmp_path) == expected
+    (tmp_path / "config.json").unlink()
+    assert special_tokens(tmp_path, model_type) == expected
 
 
 def test_special_tokens_are_transformers_own(byte_tokenizer, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def open_pair(base: Path, adapters: Sequence[tuple[Path, float]], progress: Prog
         base_files,
         adapter_files,
         tokenizer,
-        special_tokens(tokenizer_directory),
+        special_tokens(tokenizer_directory, checkpoint.config.get("model_type")),
         vocabulary,
         context(checkpoint.config),
         rows,

@@ -78,6 +78,10 @@ def _read_config(values: Mapping[str, Any]) -> GptNeoxConfig:
     hidden_size = count(values, "hidden_size", 6144)
     heads = count(values, "num_attention_heads", 64)
     require_head_size("hidden_size", hidden_size, "num_attention_heads", heads)
+    if values.get("head_dim") not in (None, hidden_size // heads):
+        raise InputRefused(
+            f"config.json has head_dim {values['head_dim']!r}", expected=f"{hidden_size // heads}, or no such key"
+        )
     rope = _rope(values)
     share = _positive(rope, "partial_rotary_factor", 1.0)
     rotary_size = int(hidden_size // heads * share)

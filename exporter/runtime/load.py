@@ -1,6 +1,7 @@
 """From a directory to a Runner: the right bundle, unchanged since its export, and room for it."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ def _sizes(bundle: Bundle, config: dict[str, Any]) -> tuple[int, int]:
 
 def choose_bundle(directory: Path, target: str | None, provider: str | None) -> Bundle:
     """The one bundle asked for, or of several in subdirectories the best that fits into memory."""
+    if not directory.is_dir():
+        raise InputRefused(f"{directory} is not a directory", expected="one with a bundle in it", todo="check the path")
     found = bundles_in(directory)
     needed, refused = ({}, []) if found else _usable_beneath(directory)
     targets = [target] if target else [provider] if provider else ["cuda", "cpu"] if cuda_is_usable() else ["cpu"]
@@ -99,7 +102,7 @@ def choose_bundle(directory: Path, target: str | None, provider: str | None) -> 
         raise InputRefused(
             f"{directory} holds {'graphs' + other if other else 'no exported graph'}",
             expected=f"a graph for {' or '.join(targets)}",
-            todo=f"run: exporter export {directory} --target {targets[-1]}",
+            todo=f"run: exporter export {shlex.quote(str(directory))} --target {targets[-1]}",
         )
     if not found:
         require_provider(provider or targets[0])

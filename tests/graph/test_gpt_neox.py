@@ -123,6 +123,7 @@ REFUSED = {
     "attention_bias": {"attention_bias": "yes"},
     "num_attention_heads": {"num_attention_heads": 5},
     "quantization_config": {"quantization_config": {"bits": 4}},
+    "head_dim": {"head_dim": 8},
 }
 
 

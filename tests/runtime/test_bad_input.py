@@ -102,6 +102,7 @@ def test_directories_that_are_no_checkpoint(command: Command, checkpoint: Path, 
     assert "is not a directory" in command.refused("export", tmp_path / "file", code=4)
     assert "is not a directory" in command.refused("export", tmp_path / "nowhere", code=4)
     assert "no exported graph" in command.refused("generate", tmp_path / "empty", "--prompt", "a", code=4)
+    assert "is not a directory" in command.refused("generate", tmp_path / "nowhere", "--prompt", "a", code=4)
     (checkpoint / "model.safetensors").unlink()
     said = command.refused("export", checkpoint, code=4)
     assert "no weights in" in said

@@ -89,7 +89,11 @@ def _sizes(bundle: Bundle, config: dict[str, Any]) -> tuple[int, int]:
 def choose_bundle(directory: Path, target: str | None, provider: str | None) -> Bundle:
     """The one bundle asked for, or of several in subdirectories the best that fits into memory."""
     if not directory.is_dir():
-        raise InputRefused(f"{directory} is not a directory", expected="one with a bundle in it", todo="check the path")
+        raise InputRefused(
+            f"{directory} is not a directory",
+            expected="one with a bundle in it",
+            todo="check the path, or run exporter export first",
+        )
     found = bundles_in(directory)
     needed, refused = ({}, []) if found else _usable_beneath(directory)
     targets = [target] if target else [provider] if provider else ["cuda", "cpu"] if cuda_is_usable() else ["cpu"]

@@ -351,11 +351,20 @@ class _Run:
         if not self.force and done.get("request") == request and self._unchanged(done):
             self.progress.note(f"{name}: done before, unchanged")
             return StageOutcome(name, True, tuple(done["files"]))
+        self._say_what_is_made_again(name, done)
         files = work()
         require_unchanged(self.watched)
         extra = self.verdict if name == "verify" else {}
         write_stage(self.directory, name, {"request": dict(request), "files": dict(files), **extra})
         return StageOutcome(name, False, tuple(files))
+
+    def _say_what_is_made_again(self, name: str, done: Mapping[str, Any]) -> None:
+        """Files of an earlier run that somebody has changed since are written over: never without a word."""
+        files = {file: entry for file, entry in done.get("files", {}).items() if (self.directory / file).is_file()}
+        changed = [file for file, entry in files.items() if not file_is_unchanged(self.directory / file, entry)]
+        if changed:
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            self.progress.note(f"{name}: {changed[0]}{more} changed since the run that wrote it, and is made again")
 
     def _section(self, name: str) -> dict[str, Any]:
         return (read_manifest(self.directory) or {"stages": {}})["stages"].get(name, {})

@@ -70,6 +70,18 @@ def test_a_graph_that_was_deleted_is_made_again_and_verified_again(
     assert (out / "merged/model_cuda.onnx").is_file()
 
 
+def test_a_file_that_somebody_changed_is_named_before_it_is_made_again(
+    pair: Pair, tmp_path: Path, asked: list[list[Path]]
+) -> None:
+    out, notes = tmp_path / "out", Notes()
+    run(pair, out)
+    before = (out / "merged/README.md").read_bytes()
+    (out / "merged/README.md").write_bytes(before + b"mine")
+    run(pair, out, progress=notes)
+    assert "merge: merged/README.md changed since the run that wrote it, and is made again" in notes.said
+    assert (out / "merged/README.md").read_bytes() == before
+
+
 @pytest.mark.parametrize("what", ["versions", "code_digest"])
 def test_another_verifier_verifies_again(
     what: str, pair: Pair, tmp_path: Path, asked: list[list[Path]], monkeypatch: pytest.MonkeyPatch

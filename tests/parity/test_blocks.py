@@ -306,7 +306,11 @@ def test_the_8_bit_base_is_what_transformers_loads(tmp_path: Path, name: str) ->
     save_base(tmp_path, ARCHITECTURES[name][0])
     quantization = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0)
     wanted: Any = AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=quantization, dtype=torch.float16, device_map={"": "cpu"}
+        tmp_path,
+        quantization_config=quantization,
+        dtype=torch.float16,
+        device_map={"": "cpu"},
+        attn_implementation="eager" if name == "gpt2" else None,  # its scores are scaled by layer: see attention.py
     )
     found = load_int8(open_checkpoint(tmp_path), 6.0)
     ours, theirs = dict(found.named_parameters()), dict(wanted.named_parameters())

@@ -77,10 +77,12 @@ class TextStream:
         return self._decoded
 
     def push(self, id: int) -> str:
-        if id in self._ends and not self.stopped:
+        if self.stopped:
+            return ""
+        if id in self._ends:
             text, self.stopped = self.finish(), True
             return text
-        return "" if self.stopped else self._release(self._decoder.step(id), held_back=True)
+        return self._release(self._decoder.step(id), held_back=True)
 
     def finish(self) -> str:
         """What was held back; bytes that never became a character come as U+FFFD."""

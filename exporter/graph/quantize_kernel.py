@@ -3,7 +3,8 @@
 Each function takes `width` outputs of values (block, N), from `first` on, side by side: they become the lanes of vector
 instructions, which only indices into whole arrays do, and where they are offset only unsigned ones: one that might
 count from the end is looked up number by number. No sum runs across lanes, so that every machine finds the same bits.
-Arrays that functions fill are their last arguments.
+Several weights of a lane are met in one step, in registers: one at a time, reading and writing back what was found so
+far takes longer than the arithmetic. Arrays that functions fill are their last arguments.
 """
 
 import mmap
@@ -15,8 +16,9 @@ from numba import njit
 from numpy.typing import NDArray
 
 Float = NDArray[np.float32]
-ELEMENTS = 1 << 12  # of a block of some outputs: it and its products stay in a first-level cache
+ELEMENTS = 1 << 13  # of a block of some outputs: it stays in a first-level cache
 LANES = 16  # at the least
+TOGETHER = 8  # weights of a block and a lane that are summed in registers
 WORD = 32  # bits of codes that are written at once
 ROOM = 256 << 20  # address space; compiling took 170 MB
 
@@ -48,16 +50,41 @@ def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 
 @njit(error_model="numpy")
-def _extremes(values: Float, first: int, width: int, limit: np.float32, extreme: Float) -> bool:
-    """The value of largest magnitude, with its sign. False if one is NaN or not below limit."""
-    low, high = np.zeros(len(extreme), np.float32), np.zeros(len(extreme), np.float32)
-    spoilt = np.zeros(len(extreme), np.float32)
-    for j in range(len(values)):
+def _range_of_2(values: Float, j: int, lane: np.uintp) -> tuple[np.float32, np.float32, np.float32]:
+    """The smaller and the larger of two values, and 0, or NaN if one of them is NaN or infinity."""
+    one, other = values[j, lane], values[j + 1, lane]
+    return (one if one < other else other), (one if one > other else other), (one - one) + (other - other)
+
+
+@njit(error_model="numpy")
+def _range_of_4(values: Float, j: int, lane: np.uintp) -> tuple[np.float32, np.float32, np.float32]:
+    low, high, spoilt = _range_of_2(values, j, lane)
+    other_low, other_high, other_spoilt = _range_of_2(values, j + 2, lane)
+    return (low if low < other_low else other_low), (high if high > other_high else other_high), spoilt + other_spoilt
+
+
+@njit(error_model="numpy")
+def _extremes(
+    values: Float,
+    first: int,
+    width: int,
+    limit: np.float32,
+    low: Float,
+    high: Float,
+    spoilt: Float,
+    extreme: Float,
+) -> bool:
+    """The value of largest magnitude, with its sign. False if one is NaN or not below limit.
+
+    low, high, spoilt: what was found of each lane, for this function alone.
+    """
+    low[:], high[:], spoilt[:] = ZERO, ZERO, ZERO
+    for j in range(0, len(values), 4):
         for n in range(width):
-            value = values[j, np.uintp(first + n)]
-            low[n] = value if value < low[n] else low[n]
-            high[n] = value if value > high[n] else high[n]
-            spoilt[n] += value - value  # NaN for NaN and infinity
+            least, most, mark = _range_of_4(values, j, np.uintp(first + n))
+            low[n] = least if least < low[n] else low[n]
+            high[n] = most if most > high[n] else high[n]
+            spoilt[n] += mark
     good = True
     for n in range(width):
         extreme[n] = high[n] if high[n] > -low[n] else low[n]
@@ -74,6 +101,34 @@ def _code(value: np.float32, per_scale: np.float32, lowest: np.float32, highest:
 
 
 @njit(error_model="numpy")
+def _overlap(
+    values: Float, j: int, lane: np.uintp, per_scale: np.float32, lowest: np.float32, highest: np.float32
+) -> tuple[np.float32, np.float32]:
+    """w q and q q of one weight and its code."""
+    value = values[j, lane]
+    code = _code(value, per_scale, lowest, highest)
+    return value * code, code * code
+
+
+@njit(error_model="numpy")
+def _overlap_of_2(
+    values: Float, j: int, step: int, lane: np.uintp, per_scale: np.float32, lowest: np.float32, highest: np.float32
+) -> tuple[np.float32, np.float32]:
+    product, square = _overlap(values, j, lane, per_scale, lowest, highest)
+    other_product, other_square = _overlap(values, j + step, lane, per_scale, lowest, highest)
+    return product + other_product, square + other_square
+
+
+@njit(error_model="numpy")
+def _overlap_of_4(
+    values: Float, j: int, step: int, lane: np.uintp, per_scale: np.float32, lowest: np.float32, highest: np.float32
+) -> tuple[np.float32, np.float32]:
+    product, square = _overlap_of_2(values, j, 2 * step, lane, per_scale, lowest, highest)
+    other_product, other_square = _overlap_of_2(values, j + step, 2 * step, lane, per_scale, lowest, highest)
+    return product + other_product, square + other_square
+
+
+@njit(error_model="numpy")
 def _overlaps(
     values: Float,
     first: int,
@@ -84,18 +139,20 @@ def _overlaps(
     products: Float,
     square: Float,
 ) -> None:
-    """<w, q> in the first row of products (block, lanes), and <q, q>, of values and their codes q.
+    """<w, q> in the first row of products (block / 8, lanes), and <q, q>, of values and their codes q.
 
     <w, q> is summed by halves, which errs less than one after the other; <q, q> is whole, and exact in any order.
+    Eight weights are summed in registers: what a sum in memory costs is more than its arithmetic.
     """
     square[:] = ZERO
-    for j in range(len(values)):
+    size = len(values) // TOGETHER
+    for j in range(size):
         for n in range(width):
-            value = values[j, np.uintp(first + n)]
-            code = _code(value, per_scale[n], lowest, highest)
-            products[j, n] = value * code
-            square[n] += code * code
-    size = len(values)
+            lane = np.uintp(first + n)
+            product, norm = _overlap_of_4(values, j, 2 * size, lane, per_scale[n], lowest, highest)
+            other_product, other_norm = _overlap_of_4(values, j + size, 2 * size, lane, per_scale[n], lowest, highest)
+            products[j, n] = product + other_product
+            square[n] += norm + other_norm
     while size > 1:
         size //= 2
         for j in range(size):
@@ -125,6 +182,30 @@ def round_to_half(values: Float) -> None:
 
 
 @njit(error_model="numpy")
+def _unsigned_code(value: np.float32, per_scale: np.float32, lowest: np.float32, highest: np.float32) -> np.uint32:
+    """The code as it is stored, from 0 on."""
+    return np.uint32(np.int32(_code(value, per_scale, lowest, highest)) - np.int32(lowest))
+
+
+@njit(error_model="numpy")
+def _codes_of_4(
+    values: Float,
+    j: int,
+    lane: np.uintp,
+    bits: np.uint32,
+    per_scale: np.float32,
+    lowest: np.float32,
+    highest: np.float32,
+) -> np.uint32:
+    """Four codes, the first in the lowest bits."""
+    one = _unsigned_code(values[j, lane], per_scale, lowest, highest)
+    two = _unsigned_code(values[j + 1, lane], per_scale, lowest, highest)
+    three = _unsigned_code(values[j + 2, lane], per_scale, lowest, highest)
+    four = _unsigned_code(values[j + 3, lane], per_scale, lowest, highest)
+    return (one | two << bits) | (three | four << bits) << np.uint32(2) * bits
+
+
+@njit(error_model="numpy")
 def _encode(
     values: Float,
     first: int,
@@ -135,14 +216,18 @@ def _encode(
     highest: np.float32,
     words: NDArray[np.uint32],
 ) -> None:
-    """words (block * bits / 32, lanes): the values' codes from 0 on, the first in the lowest bits."""
-    each, offset = WORD // bits, np.int32(-lowest)
-    words[:] = np.uint32(0)
-    for j in range(len(values)):
-        word, shift = j // each, np.uint32(bits * (j % each))
-        for n in range(width):
-            code = _code(values[j, np.uintp(first + n)], per_scale[n], lowest, highest)
-            words[word, n] |= np.uint32(np.int32(code) + offset) << shift
+    """words (block * bits / 32, lanes): the values' codes, the first in the lowest bits."""
+    for word in range(len(words)):
+        if bits == 8:
+            for n in range(width):
+                lane = np.uintp(first + n)
+                words[word, n] = _codes_of_4(values, 4 * word, lane, np.uint32(8), per_scale[n], lowest, highest)
+        else:
+            for n in range(width):
+                lane = np.uintp(first + n)
+                low = _codes_of_4(values, 8 * word, lane, np.uint32(4), per_scale[n], lowest, highest)
+                high = _codes_of_4(values, 8 * word + 4, lane, np.uint32(4), per_scale[n], lowest, highest)
+                words[word, n] = low | high << np.uint32(16)
 
 
 @compiled("boolean(float32[:,:,::1], float32[::1], int64, float32, uint32[:,:,:], float32[:,:])")
@@ -160,12 +245,14 @@ def quantize_tile(
     extreme, unit, per_scale = np.zeros(lanes, np.float32), np.zeros(lanes, np.float32), np.zeros(lanes, np.float32)
     square, scale = np.zeros(lanes, np.float32), np.zeros(lanes, np.float32)
     best, least = np.zeros(lanes, np.float32), np.zeros(lanes, np.float32)
-    products, codes = np.zeros((block, lanes), np.float32), np.zeros((block * bits // WORD, lanes), np.uint32)
+    products = np.zeros((block // TOGETHER, lanes), np.float32)
+    codes = np.zeros((blocks, block * bits // WORD, lanes), np.uint32)
+    low, high, spoilt = np.zeros(lanes, np.float32), np.zeros(lanes, np.float32), np.zeros(lanes, np.float32)
     good = True
     for first in range(0, outputs, lanes):
         width = min(lanes, outputs - first)
-        for k in range(blocks):  # within: the codes of an output lie one after the other
-            good &= _extremes(values[k], first, width, limit, extreme)
+        for k in range(blocks):
+            good &= _extremes(values[k], first, width, limit, low, high, spoilt, extreme)
             # The extreme goes to the negative end, which has one step more.
             for n in range(width):
                 unit[n] = -ONE / extreme[n] if abs(extreme[n]) > TINY else ZERO
@@ -184,8 +271,9 @@ def quantize_tile(
             for n in range(width):
                 per_scale[n] = ONE / best[n] if best[n] != ZERO else ZERO
                 scales[first + n, k] = best[n] if best[n] != ZERO else ONE
-            _encode(values[k], first, width, bits, per_scale, lowest, highest, codes)
-            for n in range(width):
-                for word in range(len(codes)):
-                    words[first + n, k, word] = codes[word, n]
+            _encode(values[k], first, width, bits, per_scale, lowest, highest, codes[k])
+        for n in range(width):  # all of an output at once: a line of memory is written whole
+            for k in range(blocks):
+                for word in range(codes.shape[1]):
+                    words[first + n, k, word] = codes[k, word, n]
     return good

@@ -18,7 +18,7 @@ from exporter.graph.weights import BLOCK
 # The best three of a grid, on normal, heavy-tailed and trained weights; eight take 2 % more off the error.
 REACH = {8: (128.0, 127.0, 126.0), 4: (8.6, 8.0, 7.2)}
 # Weights that are float32 at once: few enough for a processor's caches.
-TILE, TILE_COLUMNS = 1 << 17, 1 << 9
+TILE, TILE_COLUMNS = 1 << 18, 1 << 9
 LARGEST_SCALE = 6e4  # float16 ends at 65504
 
 

@@ -11,9 +11,11 @@ import yaml
 
 from exporter import prompts
 from exporter.errors import UsageError
+from exporter.merging.ending import unlisted_end
 from exporter.merging.plan import DTYPES, MergePlan
 from exporter.progress import Progress
 from exporter.sources.adapter import Adapter
+from exporter.sources.checkpoint import read_json
 from exporter.sources.hub import Source
 from exporter.sources.tokenizer import TOKENIZER_JSON, build_tokenizer_json, tokenizer_files
 
@@ -61,6 +63,8 @@ def text_files(base: Source, adapters: Sequence[Source], template: str | None, p
     text = choose_template(template, [*directories, base.directory])
     if text is not None:
         files["chat_template.jinja"] = text.encode()
+    if end := unlisted_end(chosen.directory, files, read_json(base.directory / "config.json")):
+        progress.note(end)
     return files
 
 

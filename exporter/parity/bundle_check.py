@@ -15,11 +15,12 @@ from exporter.parity.bundles import Bundle
 from exporter.parity.documents import Document, Level
 from exporter.parity.evidence import apart, counted, distinct
 from exporter.parity.gates import Gate, Thresholds, finiteness, judge, verdict
+from exporter.parity.graph_mutants import GraphSubject, graph_mutants
 from exporter.parity.graphs import full_precision
 from exporter.parity.inputs import Pair, context
 from exporter.parity.layer_check import layer_errors
+from exporter.parity.merge_mutants import merge_mutants
 from exporter.parity.models import load_weights, release
-from exporter.parity.mutants import GraphSubject, graph_mutants, merge_mutants
 from exporter.parity.oracle import Oracle
 from exporter.parity.origin import find_origin
 from exporter.parity.pairs import (

@@ -1,41 +1,20 @@
 """Gates without a forward pass: is the adapter in the written weights, is each element right, the rest untouched?"""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import ml_dtypes
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
 from exporter.errors import InputRefused
-from exporter.graph.dequantize import dequantize
 from exporter.graph.weights import Quantized, Weight
 from exporter.merging.threads import single_threaded, thread_pool
-from exporter.parity.bundles import Bundle, quantization_steps
+from exporter.parity.bundles import Bundle
+from exporter.parity.elements import allowed_roundings, elements_pass, is_near, read_values, within_step
 from exporter.parity.gates import ProjectionLimits
-from exporter.parity.oracle import Adapted, Oracle
+from exporter.parity.onto import onto_share
+from exporter.parity.oracle import Oracle
+from exporter.parity.projection import is_projected, judge_projection, project
 from exporter.parity.result import GateResult, Outcome, Projection, number
+from exporter.parity.untouched import untouched
 from exporter.progress import SILENT, Progress, Task
-from exporter.sources.tensors import FLOATS, TensorInfo
-from exporter.sources.values import DTYPES, read_tensor
-
-Float = NDArray[np.float64]
-Rounding = tuple[str, ...]  # types that a value was rounded to, one after another
-Rows = Callable[[slice], Float]  # some rows of a tensor that need not be there as a whole
-CODE_ERROR = 2.0**-10  # in steps: float32 arithmetic when a weight is divided by its scale
-IN_CACHE = 1 << 14  # numbers of an array that are looked at at once
-SUM_ERROR = 2.0**-18  # of float32 sums of products, relative to the largest of a matrix
-NUMPY = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}
-
-
-@dataclass(frozen=True, slots=True)
-class ElementCheck:
-    """Elements outside the bound, and how many there are."""
-
-    wrong: int
-    elements: int
-    worst: float  # the largest distance beyond the bound, in units of the weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,121 +33,6 @@ class WeightChecks:
     faults: list[Fault]
 
 
-def round_to(values: Float, *rounding: str) -> Float:
-    """Correctly rounded (half to even) to each of the types in turn (safetensors names), back in float64."""
-    with np.errstate(over="ignore"):
-        for dtype in rounding:
-            values = values.astype(NUMPY[dtype]).astype(np.float64)
-    return values
-
-
-def check_elements(stored: Float, adapted: Adapted, dtype: str) -> ElementCheck:
-    """Is each stored element a correct rounding of some value within the float32 error of PEFT's float64 merge?
-
-    Rounding is monotone, so that is round(W' - e) <= stored <= round(W' + e), with e the slack of the accumulation
-    plus 2^-24 |W'| for the float32 sum that PEFT rounds from. That sum is itself the rounding where one LoRA is stored
-    in float32: a last bit may then differ only where the slack touches a boundary. A value only replaced has e = 0.
-    """
-    wrong, worst = 0, 0.0
-    for rows in row_blocks(stored):
-        beyond = _beyond(stored[rows], adapted, (dtype,), rows)
-        outside = ~(beyond <= 0)  # a NaN is wrong
-        if outside.any():
-            wrong, worst = wrong + int(outside.sum()), max(worst, float(beyond[outside].max()))
-    return ElementCheck(wrong, stored.size, worst)
-
-
-def _beyond(got: Float, adapted: Adapted, rounding: Rounding, rows: slice) -> Float:
-    """How far some rows lie outside the bound of `check_elements`; nothing above 0 is right."""
-    sum_is_stored = rounding == ("F32",) and adapted.is_sum and len(adapted.ranks) == 1
-    sum_error = 0.0 if adapted.is_exact or sum_is_stored else 2.0**-24
-    merged = adapted.merged[rows]
-    error = adapted.slack[rows] + sum_error * np.abs(merged)
-    low, high = round_to(merged - error, *rounding), round_to(merged + error, *rounding)
-    return np.maximum(low - got, got - high)
-
-
-def row_blocks(values: Float) -> Iterator[slice]:
-    """Rows of an array, a few at a time: what is computed of them stays in a processor's cache."""
-    size = max(1, values[0].size) if len(values) else 1
-    step = max(1, IN_CACHE // size)
-    for start in range(0, len(values), step):
-        yield slice(start, start + step)
-
-
-def project(stored: Rows, adapted: Adapted) -> Projection:
-    """s = <What - W, delta> / ||delta||^2, and its standard error rms(What - W - delta) / ||delta||.
-
-    Where delta depends on W (IA3, DoRA, replaced values), both sides are taken without their part along W' and W'^3:
-    the noise of a quantization has such a part, for it shrinks large weights, and would pass for a part of the change.
-    """
-    if adapted.is_sum:
-        return _project_rows(stored, adapted)
-    delta, original = adapted.delta, adapted.original
-    whole = stored(slice(None))
-    norm = float(np.linalg.norm(delta))
-    relative = norm / max(float(np.linalg.norm(original)), np.finfo(np.float64).tiny)
-    if norm == 0:
-        return Projection(adapted.name, None, None, relative, None)
-    delta, change = _without(delta, adapted.merged), _without(whole - original, adapted.merged)
-    norm = float(np.linalg.norm(delta))
-    if norm == 0:
-        return Projection(adapted.name, None, None, relative, None)
-    residual = change - delta
-    share = float(np.vdot(change, delta)) / norm**2
-    error = float(np.sqrt(np.mean(residual**2))) / norm
-    return Projection(adapted.name, share, error, relative, float(np.linalg.norm(residual)) / norm)
-
-
-def _project_rows(stored: Rows, adapted: Adapted) -> Projection:
-    """`project` where delta does not depend on W: sums over a few rows at a time."""
-    product = squares = of_original = of_residual = 0.0
-    for rows in row_blocks(adapted.merged):
-        original = adapted.original[rows]
-        delta, change = adapted.merged[rows] - original, stored(rows) - original
-        product += _dot(change, delta)
-        squares += _dot(delta, delta)
-        of_original += _dot(original, original)
-        change -= delta
-        of_residual += _dot(change, change)
-    relative = float(np.sqrt(squares)) / max(float(np.sqrt(of_original)), np.finfo(np.float64).tiny)
-    if squares == 0:
-        return Projection(adapted.name, None, None, relative, None)
-    error = float(np.sqrt(of_residual / adapted.merged.size / squares))
-    return Projection(adapted.name, product / squares, error, relative, float(np.sqrt(of_residual / squares)))
-
-
-def _dot(x: Float, y: Float) -> float:
-    """The sum of products. BLAS would start its threads for each few rows, which takes longer than the sum."""
-    return float(np.einsum("i,i->", x.ravel(), y.ravel()))
-
-
-def _without(values: Float, merged: Float) -> Float:
-    """`values` less their least-squares part along W' and W'^3."""
-    scale = float(np.abs(merged).max()) or 1.0
-    line = (merged / scale).ravel()
-    basis, _ = np.linalg.qr(np.stack([line, line**3], axis=1))
-    flat = values.ravel()
-    return (flat - basis @ (basis.T @ flat)).reshape(values.shape)
-
-
-def judge_projection(projection: Projection, limits: ProjectionLimits) -> Outcome:
-    """FAIL also where a value is not finite; INCONCLUSIVE where rounding noise hides the adapter."""
-    if projection.share is None or projection.error is None:
-        return "INCONCLUSIVE"
-    if not (np.isfinite(projection.share) and np.isfinite(projection.error)):
-        return "FAIL"
-    if projection.error * limits.errors > limits.blind:
-        return "INCONCLUSIVE"
-    return "PASS" if abs(projection.share - 1) <= max(limits.share, limits.errors * projection.error) else "FAIL"
-
-
-def _reported(projection: Projection) -> Projection:
-    """Without what is not finite, which JSON cannot hold."""
-    figures = {key: getattr(projection, key) for key in ("share", "error", "rounding")}
-    return replace(projection, **{key: value if value is None else number(value) for key, value in figures.items()})
-
-
 def check_weights(
     bundle: Bundle, oracle: Oracle, limits: ProjectionLimits, progress: Progress = SILENT
 ) -> WeightChecks:
@@ -176,6 +40,10 @@ def check_weights(
     weights = canonical_weights(bundle, oracle)
     with progress.task("check the weights", len(oracle.expected_names | set(oracle.names)), "tensors") as task:
         return _checked(bundle, weights, oracle, limits, task)
+
+
+def canonical_weights(bundle: Bundle, oracle: Oracle) -> dict[str, Weight]:
+    return {oracle.canonical(name): weight for name, weight in bundle.weights.items()}
 
 
 def _checked(
@@ -230,133 +98,10 @@ def _checked(
     return WeightChecks([gate for gate in gates if gate is not None], projections, faults)
 
 
-def is_near(stored: Float, adapted: Adapted, dtype: str) -> bool:
-    """No element is further off than a few roundings of W, the change or their sum: not an error of merging."""
-    unit = float(ml_dtypes.finfo(NUMPY[dtype]).eps)
-
-    def near(rows: slice) -> bool:
-        merged = adapted.merged[rows]
-        size = np.maximum(np.abs(merged), np.abs(adapted.delta_of(rows)))
-        return bool((np.abs(stored[rows] - merged) <= 2 * unit * size).all())
-
-    return all(map(near, row_blocks(stored)))
-
-
-def is_projected(weight: Weight, adapted: Adapted) -> bool:
-    """A change is projected, where there is one: a target that training left at zero is judged by its elements alone.
-
-    A replaced value is known to the last bit, and projected only where it was quantized.
-    """
-    if adapted.is_exact and not isinstance(weight, Quantized):
-        return False
-    return any(bool(adapted.delta_of(rows).any()) for rows in row_blocks(adapted.merged))
-
-
-@dataclass(frozen=True, slots=True)
-class OntoShare:
-    """share: 0 for a merge onto the int8 codes, 1 for one onto the base's own weights; error: its standard error."""
-
-    share: float
-    error: float
-    tensors: int
-
-    def judge(self, limits: ProjectionLimits) -> Outcome:
-        """As `judge_projection`, around 0."""
-        if not self.error * limits.errors <= limits.blind:
-            return "INCONCLUSIVE" if np.isfinite(self.share) else "FAIL"
-        return "PASS" if abs(self.share) <= max(limits.share, limits.errors * self.error) else "FAIL"
-
-
-def onto_share(weights: Mapping[str, Weight], oracle: Oracle, *, shifted: bool = False) -> OntoShare | None:
-    """s = sum <What - W', q> / sum ||q||^2 over the weights that stand on int8 codes, with q = W - W_int8.
-
-    W' is what the merge onto the codes must be, so that s is 0; a merge onto W itself leaves q standing. se from the
-    residuals' mean squares. None where nothing stands on codes. shifted: of a bundle that is merged onto W.
-    """
-    numerator = denominator = variance = 0.0
-    tensors = 0
-    for name in oracle.int8_names:
-        adapted = oracle.merge(name) if name in oracle.names else None
-        if name not in weights or (adapted is not None and adapted.is_exact):
-            continue
-        onto = oracle.original(name).double().numpy()
-        error = read_tensor(oracle.base_info(name)).double().numpy() - onto
-        residual = read_values(weights[name]) - (onto if adapted is None else adapted.merged)
-        if shifted:
-            residual = residual + error
-        square = float(np.vdot(error, error))
-        numerator += float(np.vdot(residual, error))
-        share = float(np.vdot(residual, error)) / square if square else 0.0
-        denominator += square
-        variance += float(np.mean((residual - share * error) ** 2)) * square
-        tensors += 1
-    if not denominator:
-        return None
-    return OntoShare(numerator / denominator, float(np.sqrt(variance)) / denominator, tensors)
-
-
-def _onto_gate(weights: Mapping[str, Weight], oracle: Oracle, limits: ProjectionLimits) -> GateResult | None:
-    found = onto_share(weights, oracle)
-    if found is None:
-        return None
-    outcome, limit = found.judge(limits), max(limits.share, limits.errors * found.error)
-    detail = f"share of the base's own weights {found.share:.4f} with se {found.error:.2g}"
-    if outcome == "FAIL":
-        detail = f"the merge does not stand on the base's int8 codes: {detail}"
-    return _result("weights.onto", outcome, abs(found.share), limit, found.tensors, detail)
-
-
-def canonical_weights(bundle: Bundle, oracle: Oracle) -> dict[str, Weight]:
-    return {oracle.canonical(name): weight for name, weight in bundle.weights.items()}
-
-
-def read_values(weight: Weight) -> Float:
-    """A weight's values in float64, dequantized where it is quantized."""
-    tensor = dequantize(weight) if isinstance(weight, Quantized) else read_tensor(weight)
-    return tensor.double().numpy()
-
-
-def allowed_roundings(weight: TensorInfo, base: TensorInfo, merge_dtype: str | None) -> list[Rounding]:
-    """To the stored type alone, or first to what the merge made of it: `merge_dtype`, or the base's own type."""
-    between = merge_dtype or base.dtype
-    alone: Rounding = (weight.dtype,)
-    if between == weight.dtype or not {between, weight.dtype} <= FLOATS:
-        return [alone]
-    return [alone, (between, weight.dtype)]
-
-
-def elements_pass(stored: Rows, adapted: Adapted, roundings: Sequence[Rounding]) -> bool:
-    """True if all elements are right for one of the roundings: a tensor takes one way, never a mixture."""
-    return any(
-        all(bool((_beyond(stored(rows), adapted, rounding, rows) <= 0).all()) for rows in row_blocks(adapted.merged))
-        for rounding in roundings
-    )
-
-
-def within_step(weight: Quantized, stored: Float, wanted: Float) -> bool:
-    """Every element at its nearest code: within half a step of `wanted`, and half a step of what it was rounded to.
-
-    What was quantized is the merge as stored, at worst in bfloat16: that is up to 2^-9 |W'| from `wanted`, which may
-    turn a code. An element that is clipped at an end of its range may lie further out.
-    Clipping only ever pulls a weight inwards, and by at most half of its range: an edited scale does neither.
-    bitsandbytes gives a row of zeros the scale 0. Its step is then what float32 loses of the adapter's sum beside it.
-    """
-    steps, clipped = (np.broadcast_to(tensor.numpy(), stored.shape) for tensor in quantization_steps(weight))
-    largest = max(wanted.max(initial=0), -wanted.min(initial=0))
-    smallest = max(np.finfo(np.float32).tiny, SUM_ERROR * float(largest))
-
-    def within(rows: slice) -> bool:
-        got, want, step = stored[rows], wanted[rows], steps[rows]
-        size, unit = np.abs(want), np.where(step > 0, step, smallest)
-        distance = np.abs(got - want)
-        nearest = np.minimum((0.5 + CODE_ERROR) * unit + 2.0**-9 * size, unit)
-        far = ~(distance <= np.where(step > 0, nearest, unit))  # a NaN is far
-        if not far.any():
-            return True
-        inward = clipped[rows][far] & (size[far] >= np.abs(got[far]))
-        return bool((inward & (distance[far] <= (1 << (weight.bits - 1)) * unit[far])).all())
-
-    return all(map(within, row_blocks(stored)))
+def _reported(projection: Projection) -> Projection:
+    """Without what is not finite, which JSON cannot hold."""
+    figures = {key: getattr(projection, key) for key in ("share", "error", "rounding")}
+    return replace(projection, **{key: value if value is None else number(value) for key, value in figures.items()})
 
 
 def _check_untouched(
@@ -382,31 +127,15 @@ def _check_untouched(
     return results
 
 
-def untouched(
-    weight: Weight, original: torch.Tensor, base: TensorInfo, merge_dtype: str | None, *, on_codes: bool
-) -> bool:
-    """Is `weight` what stands in the base? original: the base's values, or what their codes mean (float32)."""
-    if weight.shape != base.shape:
-        return False
-    if isinstance(weight, Quantized):
-        return within_step(weight, read_values(weight), original.double().numpy())
-    stored, roundings = read_tensor(weight), allowed_roundings(weight, base, merge_dtype)
-    if on_codes:
-        values = original.double().numpy()
-        return any(np.array_equal(stored.double().numpy(), round_to(values, *rounding)) for rounding in roundings)
-    if weight.dtype not in FLOATS or base.dtype not in FLOATS:
-        return torch.equal(stored, original)
-    return any(_bytes(stored) == _bytes(_converted(original, rounding)) for rounding in roundings)
-
-
-def _converted(values: torch.Tensor, rounding: Rounding) -> torch.Tensor:
-    for dtype in rounding:
-        values = values.to(DTYPES[dtype])
-    return values
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def _onto_gate(weights: Mapping[str, Weight], oracle: Oracle, limits: ProjectionLimits) -> GateResult | None:
+    found = onto_share(weights, oracle)
+    if found is None:
+        return None
+    outcome, limit = found.judge(limits), max(limits.share, limits.errors * found.error)
+    detail = f"share of the base's own weights {found.share:.4f} with se {found.error:.2g}"
+    if outcome == "FAIL":
+        detail = f"the merge does not stand on the base's int8 codes: {detail}"
+    return _result("weights.onto", outcome, abs(found.share), limit, found.tensors, detail)
 
 
 def _names_gate(weights: Mapping[str, Weight], oracle: Oracle) -> GateResult:

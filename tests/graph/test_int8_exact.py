@@ -18,7 +18,7 @@ from exporter.graph.components import ACCURACY_LEVEL
 from exporter.graph.dequantize import dequantized_weights
 from exporter.graph.export import export
 from exporter.graph.weights import WEIGHTS, Quantized, open_weights
-from exporter.parity.weights import read_values, within_step
+from exporter.parity.elements import read_values, within_step
 from exporter.runtime.load import load
 from tests.bitsandbytes_model import bnb, int8_layers, load_in_8_bits
 from tests.graph.conftest import tokens

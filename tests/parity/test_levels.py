@@ -17,8 +17,9 @@ from exporter.parity.bundle_check import Run, _subject
 from exporter.parity.bundles import Bundle
 from exporter.parity.documents import LEVELS
 from exporter.parity.gates import load_thresholds
+from exporter.parity.graph_mutants import graph_mutants
 from exporter.parity.inputs import make_documents, open_pair
-from exporter.parity.mutants import graph_mutants, merge_mutants
+from exporter.parity.merge_mutants import merge_mutants
 from exporter.parity.oracle import Oracle
 from exporter.parity.result import Mutant
 from exporter.parity.scoring import LogitStore

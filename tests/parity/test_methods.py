@@ -30,7 +30,7 @@ from exporter.graph.weights import open_weights
 from exporter.merging.merge import merge
 from exporter.parity.bundles import Bundle
 from exporter.parity.gates import load_thresholds
-from exporter.parity.mutants import merge_mutants
+from exporter.parity.merge_mutants import merge_mutants
 from exporter.parity.oracle import Oracle
 from exporter.parity.verify import verify
 from exporter.parity.weights import check_weights

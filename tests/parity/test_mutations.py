@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from exporter.parity.mutants import merge_mutations
+from exporter.parity.elements import row_blocks
+from exporter.parity.merge_mutations import merge_mutations
 from exporter.parity.oracle import Adapted
-from exporter.parity.weights import row_blocks
 
 
 def adapted(shape: tuple[int, ...], seed: int) -> Adapted:

@@ -21,7 +21,7 @@ from exporter.parity.bases import BaseOptions, load_base, meta_model
 from exporter.parity.bundles import Bundle, merged_onto
 from exporter.parity.gates import load_thresholds
 from exporter.parity.int8_base import int8_modules, int8_values
-from exporter.parity.mutants import merge_mutants
+from exporter.parity.merge_mutants import merge_mutants
 from exporter.parity.oracle import Oracle
 from exporter.parity.verify import verify
 from exporter.parity.weights import check_weights

@@ -12,9 +12,9 @@ from onnx import numpy_helper
 from safetensors.torch import load_file
 
 from exporter.parity.bundle_check import Run, verify_bundle
+from exporter.parity.elements import round_to
 from exporter.parity.oracle import Oracle
 from exporter.parity.result import BundleResult
-from exporter.parity.weights import round_to
 from tests.parity.conftest import Made, open_bundle, replace_tensors, update_manifest
 
 LAYER = 1

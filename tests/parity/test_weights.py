@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 from exporter.errors import InputRefused
 from exporter.graph.export import export
 from exporter.merging.merge import merge
+from exporter.parity.elements import beyond, elements_pass, round_to
 from exporter.parity.gates import load_thresholds
-from exporter.parity.mutants import merge_mutants
+from exporter.parity.merge_mutants import merge_mutants
 from exporter.parity.oracle import Adapted, Oracle
-from exporter.parity.weights import check_elements, check_weights, judge_projection, project, round_to
+from exporter.parity.projection import judge_projection, project
+from exporter.parity.weights import check_weights
 from exporter.sources.checkpoint import open_checkpoint
 from tests.parity.conftest import Made, open_bundle, replace_tensors, write_adapter, write_base
 
@@ -68,31 +70,36 @@ def test_an_adapter_of_another_base_is_refused(made: Made, tmp_path: Path) -> No
         Oracle(open_checkpoint(tmp_path / "other"), [(made.adapter, 1.0)])
 
 
+def wrong_elements(stored: np.ndarray, adapted: Adapted, dtype: str) -> int:
+    """How many lie outside the bound; the gate fails where one does."""
+    wrong = int((~(beyond(stored, adapted, (dtype,), slice(None)) <= 0)).sum())
+    assert elements_pass(stored.__getitem__, adapted, [(dtype,)]) == (wrong == 0)
+    return wrong
+
+
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
 def test_pefts_merge_rounded_once_passes_and_one_ulp_fails(adapted: Adapted, dtype: str) -> None:
     stored = round_to(adapted.merged, dtype)
-    assert check_elements(stored, adapted, dtype).wrong == 0
+    assert wrong_elements(stored, adapted, dtype) == 0
     target = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}[dtype]
     wrong = torch.from_numpy(stored).to(target)
     place = np.unravel_index(np.abs(stored).argmax(), stored.shape)
     bits = wrong.view(torch.int32 if dtype == "F32" else torch.int16)
     bits[place] ^= 1  # the lowest bit
-    found = check_elements(wrong.double().numpy(), adapted, dtype)
-    assert found.wrong == 1
-    assert found.worst > 0
+    assert wrong_elements(wrong.double().numpy(), adapted, dtype) == 1
 
 
 def test_rounding_the_delta_first_is_not_one_rounding(adapted: Adapted) -> None:
     """PEFT's safe_merge rounds the delta before adding it: many float16 elements are then wrong."""
     twice = round_to(adapted.original + round_to(adapted.delta, "F16"), "F16")
-    assert check_elements(twice, adapted, "F16").wrong > 10
+    assert wrong_elements(twice, adapted, "F16") > 10
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_a_wrong_element_and_no_projection(value: float, adapted: Adapted) -> None:
     stored = round_to(adapted.merged, "F16")
     stored[0, 0] = value
-    assert check_elements(stored, adapted, "F16").wrong == 1
+    assert wrong_elements(stored, adapted, "F16") == 1
     assert judge_projection(project(stored.__getitem__, adapted), LIMITS) == "FAIL"
 
 

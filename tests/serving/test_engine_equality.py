@@ -1,4 +1,8 @@
-"""What a stream gets does not depend on its neighbours: token for token what the Runner gives alone."""
+"""What a stream gets does not depend on its neighbours: token for token what the Runner gives alone.
+
+But for 4 bits on a processor whose kernel takes one row apart (tests/serving/kernels.py): a greedy answer may then turn
+at a near tie, and a sampled one wherever its draw lies on a boundary.
+"""
 
 import asyncio
 from collections.abc import Sequence
@@ -17,9 +21,11 @@ from exporter.serving.engine import BatchingEngine
 from exporter.serving.requests import Request, Step
 from tests.graph.test_adapters import make_adapter
 from tests.serving.arithmetic import ids, run
+from tests.serving.kernels import takes_one_row_apart
 
 REQUESTS, SLOTS, LONGEST = 200, 6, 90
 PRECISIONS = ("native", "int8", "int4")
+NEAR_TIE, MOST = 0.2, 0.8  # a difference of logits, and a share of the answers
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +54,18 @@ def some_requests(runner: Runner, adapters: Sequence[str | None]) -> list[Reques
 
 def alone(runner: Runner, request: Request) -> list[int]:
     return runner.with_adapter(request.adapter).generate([request.prompt], request.max_new_tokens, request.sampling)[0]
+
+
+def is_apart(precision: str) -> bool:
+    """One row of this bundle is not bit for bit what it is among others, on this processor."""
+    return precision != "native" and takes_one_row_apart(int(precision[3:]))
+
+
+def turns_at_a_near_tie(runner: Runner, request: Request, expected: Sequence[int], found: Sequence[int]) -> bool:
+    """The first token that differs was as likely: the logits of both, after what came before, are a near tie."""
+    at = next(i for i, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1])
+    logits = runner.logits([*request.prompt, *expected[:at]])[-1]
+    return abs(logits[expected[at]] - logits[found[at]]) < NEAR_TIE
 
 
 async def together(engine: BatchingEngine, requests: Sequence[Request]) -> list[list[Step]]:
@@ -79,14 +97,18 @@ def test_200_requests_get_what_each_gets_alone(bundles: dict[str, Path], precisi
         answers = run(together(engine, requests))
     finally:
         engine.stop()
-    cancelled = 0
+    cancelled = equal = 0
     for request, steps in zip(requests, answers, strict=True):
         expected = alone(runner, request)
         found = ids(steps)
-        assert found == expected[: len(found)]
+        same = found == expected[: len(found)]
+        equal += same
+        sampled = request.sampling.temperature > 0
+        assert same or (is_apart(precision) and (sampled or turns_at_a_near_tie(runner, request, expected, found)))
         cancelled += steps[-1].reason == "cancelled"
         assert steps[-1].reason in ("stop", "length", "cancelled")
-        assert len(found) == len(expected) or steps[-1].reason == "cancelled"
+        assert len(found) == len(expected) or steps[-1].reason == "cancelled" or not same
+    assert equal > MOST * REQUESTS
     stats = engine.stats()
     assert 3 < cancelled < REQUESTS / 5
     assert stats.decode_rows > 1.1 * stats.decode_steps, "no batch: no evidence"
@@ -112,7 +134,15 @@ def test_logits_are_bit_for_bit_the_same_however_rows_and_chunks_are_put_togethe
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         single = runner.new_cache(1, 128)
         runner.prefill(single, 0, prompt)
-        assert np.array_equal(together[row], runner.append(single, 0, np.array([answer]))[0, 0])
+        decoded = runner.append(single, 0, np.array([answer]))[0, 0]
+        if is_apart(precision):
+            np.testing.assert_allclose(together[row], decoded, atol=1.0, rtol=0)
+        else:
+            assert np.array_equal(together[row], decoded)
+    pair = runner.new_cache(2, 128)
+    for row in (0, 1):
+        runner.prefill(pair, row, prompts[row])
+    assert np.array_equal(runner.append(pair, 0, np.array(answers[:2]))[:, 0], together[:2])
     one_by_one = runner.new_cache(1)
     last = [runner.append(one_by_one, 0, np.array([[token]]))[0, 0] for token in prompts[2]][-1]
     assert not np.array_equal(last, whole[2])

@@ -8,18 +8,14 @@ from typing import Any
 from exporter.graph.architectures import find_architecture
 from exporter.graph.decoder import Sizes
 from exporter.sources.checkpoint import read_json
+from exporter.sources.stops import listed_stops
 
 
 def stop_tokens(directory: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     """The ids that end an answer: generation_config.json's before config.json's, else the architecture's default."""
-    values: list[Any] = []
-    if (directory / "generation_config.json").is_file():
-        values.append(read_json(directory / "generation_config.json").get("eos_token_id"))
-    values.append(config.get("eos_token_id"))
-    for value in values:
-        ids = value if isinstance(value, list) else [value]
-        if ids and all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
-            return tuple(ids)
+    path = directory / "generation_config.json"
+    if listed := listed_stops(read_json(path) if path.is_file() else {}, config):
+        return listed
     architecture = find_architecture(config)
     return (architecture.default_stop,) if architecture is not None else ()
 

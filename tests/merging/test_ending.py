@@ -33,6 +33,13 @@ def test_an_end_that_the_base_does_not_list_is_named(pair: Pair, tmp_path: Path,
     assert all(part in note for part in (repr(end), f"({tokenizer.eos_token_id})", "generation_config.json"))
 
 
+def test_the_first_token_of_all_is_an_end_too(pair: Pair, tmp_path: Path) -> None:
+    """0 ends the answers of a Pythia: it is listed, not missing."""
+    edit_json(pair.base / "generation_config.json", eos_token_id=0)
+    (note,) = said(pair, tmp_path / "out")
+    assert "eos_token_id [0]" in note
+
+
 def test_nothing_is_said_where_they_agree(pair: Pair, tmp_path: Path) -> None:
     assert said(pair, tmp_path / "own") == []
     tokenizer = trained_tokenizer(pair, "<|im_end|>")
